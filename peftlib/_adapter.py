@@ -1,0 +1,185 @@
+"""An adapter: a child module that stands around its host's call."""
+
+import contextlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._errors import AdapterError
+
+KINDS: dict[str, type["Adapter"]] = {}
+
+
+class Adapter(nn.Module):
+    r"""The base of every kind, and of yours: subclass it, and it injects, switches, merges and saves like ours.
+
+    A kind has a call form, `forward`, and may have a weight form, `fold`. Given only `fold`, the call form follows:
+    the host runs with the folded weights in place of its own, on any host that reads its own weights.
+
+    .. math:: y = \mathrm{host}_{\mathrm{fold}(W)}(x)
+
+    The constructor takes the host and JSON-able keywords; shapes, device and dtype come from the host, and whatever
+    must survive saving is a parameter or a buffer. `inject` fills in `name` and `config`.
+
+    Example:
+        >>> import torch, peftlib
+        >>> class Gain(peftlib.Adapter):
+        ...     def __init__(self, host, start=1.0):
+        ...         super().__init__()
+        ...         self.gain = torch.nn.Parameter(torch.full_like(host.weight[0, 0], start))
+        ...     def fold(self, host):
+        ...         return {"weight": host.weight * self.gain}
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> peftlib.inject(model, "0", Gain, start=2.0)
+        ['0']
+        >>> with peftlib.merged(model):
+        ...     _ = model(torch.ones(1, 4))
+    """
+
+    name: str
+    config: dict[str, Any]
+    replaces: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        taken = KINDS.get(cls.__name__)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise AdapterError(
+                f"kind {cls.__name__!r}: {taken.__module__}.{taken.__qualname__} has this name already, and files know "
+                f"kinds by name. Rename {cls.__module__}.{cls.__qualname__}."
+            )
+        KINDS[cls.__name__] = cls
+
+    def forward(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The call form. `call(*args, **kwargs)` is what the host would have done by itself."""
+        folded = {path: value.to(weight_of(host, path).dtype) for path, value in self.fold(host).items()}
+        with shadowed(host, folded):
+            return call(*args, **kwargs)
+
+    def fold(self, host: nn.Module) -> dict[str, Tensor]:
+        """The weight form: tensors, by name on the host, that would do the same. They are not yet rounded to the
+        host's dtype: type promotion with a float32 adapter does the right thing, and the caller rounds once.
+
+        Raises:
+            AdapterError: this kind has no weight form.
+        """
+        raise AdapterError(
+            f"{type(self).__name__} has no weight form, so it cannot be merged. Keep it live, or eject it."
+        )
+
+    @classmethod
+    def split(cls, host: nn.Module, inner: str, config: dict[str, Any]) -> list[dict[str, Any]]:
+        """The configurations of the adapters that `config` asks for on this host: one, unless a kind says otherwise.
+
+        `inner` names the child that was targeted when the host reads that child's weights without calling it."""
+        if inner:
+            raise AdapterError(
+                f"{type(host).__name__} reads the weights of its child {inner!r} without calling it, so "
+                f"{cls.__name__} there would never run. Target the {type(host).__name__} itself."
+            )
+        return [config]
+
+    def file_keys(self) -> dict[str, str]:
+        """The key of each tensor in a file, after the host's name, and its key in `state_dict()`."""
+        return {key: key for key in self.state_dict()}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in getattr(self, "config", {}).items())
+
+
+def has_weight_form(adapter: Adapter) -> bool:
+    return type(adapter).fold is not Adapter.fold
+
+
+def owner_of(host: nn.Module, path: str) -> tuple[nn.Module, str]:
+    *parents, leaf = path.split(".")
+    return host.get_submodule(".".join(parents)), leaf
+
+
+def weight_of(host: nn.Module, path: str) -> Tensor:
+    owner, leaf = owner_of(host, path)
+    return getattr(owner, leaf)
+
+
+@contextlib.contextmanager
+def shadowed(host: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Puts tensors before the host's own: attribute look-up finds `__dict__` before `_parameters`."""
+    places = [(*owner_of(host, path), value) for path, value in values.items()]
+    before = [(owner, leaf, owner.__dict__.get(leaf, _absent)) for owner, leaf, _ in places]
+    try:
+        for owner, leaf, value in places:
+            owner.__dict__[leaf] = value
+        with _flat_weights_shadowed({id(owner): owner for owner, _, _ in places}.values()):
+            yield
+    finally:
+        for owner, leaf, value in before:
+            if value is _absent:
+                owner.__dict__.pop(leaf, None)
+            else:
+                owner.__dict__[leaf] = value
+
+
+_absent = object()
+
+
+@contextlib.contextmanager
+def _flat_weights_shadowed(owners: Any) -> Iterator[None]:
+    """RNNs compute from a list of their weights, not from the attributes."""
+    before = [(owner, owner._flat_weights) for owner in owners if isinstance(owner, nn.RNNBase)]
+    try:
+        for owner, _ in before:
+            owner.__dict__["_flat_weights"] = [getattr(owner, name) for name in owner._flat_weights_names]
+        yield
+    finally:
+        for owner, weights in before:
+            owner.__dict__["_flat_weights"] = weights
+
+
+def full_config(kind: type[Adapter], config: dict[str, Any]) -> dict[str, Any]:
+    """The keywords with the constructor's defaults filled in, as they are saved: later defaults change no old file.
+
+    Raises:
+        AdapterError: a value that JSON cannot hold.
+    """
+    bound = inspect.signature(kind).bind(None, **config)
+    bound.apply_defaults()
+    _, *given = bound.arguments.items()
+    full = {key: _dtype_name(value) for key, value in _flattened(kind, given)}
+    try:
+        json.dumps(full, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(
+            f"{kind.__name__}: its configuration {full!r} cannot be saved ({error}). Use numbers, strings, booleans, "
+            "None, and lists or dicts of them."
+        ) from None
+    return full
+
+
+def _flattened(kind: type[Adapter], given: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    collects = {p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.VAR_KEYWORD}
+    for key, value in given:
+        yield from value.items() if key in collects else [(key, value)]
+
+
+def _dtype_name(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def trainable_dtype(dtype: str | torch.dtype | None, weight: Tensor) -> torch.dtype:
+    """The adapter's own dtype: as asked, else float32 beside a half-precision or quantised weight.
+
+    Raises:
+        AdapterError: a name that is no floating-point dtype.
+    """
+    if dtype is None:
+        return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise AdapterError(
+            f"dtype: {dtype!r} is no floating-point dtype. Use 'float32', 'bfloat16', 'float16' or 'float64'."
+        )
+    return found

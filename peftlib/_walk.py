@@ -1,0 +1,117 @@
+"""Walking a model: its hosts, their adapters, and the selection that they share."""
+
+import gc
+import weakref
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+
+from ._adapter import Adapter
+from ._errors import AdapterError
+from ._host import Selection, adapters_of, is_host, parts
+
+_views: weakref.WeakKeyDictionary[Selection, "weakref.WeakSet[Selection]"] = weakref.WeakKeyDictionary()
+
+
+def candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module of the model that is not of our making, once, under its first name."""
+    ours = {id(inner) for _, host in hosts(model) for inner in adapters_of(host).modules()}
+    return [(name, module) for name, module in model.named_modules() if id(module) not in ours]
+
+
+def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in model.named_modules() if is_host(module))
+
+
+def adapters(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, str, Adapter]]:
+    """Every adapter of a model as `(host_name, adapter_name, adapter)`, hosts in the model's order.
+
+    Args:
+        model: any module.
+        name: only the adapters of this name; default all.
+
+    Yields:
+        (str, str, Adapter): the host's qualified name, the adapter's name, the adapter.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+        >>> [(host, name, type(adapter).__name__) for host, name, adapter in peftlib.adapters(model)]
+        [('0', 'default', 'LoRA')]
+    """
+    for host_name, host in hosts(model):
+        for adapter in parts(host, None if name is None else (name,)):
+            yield host_name, adapter.name, adapter
+
+
+def parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Parameter]:
+    """The adapters' parameters, each once: what the optimizer is given.
+
+    Args:
+        model: any module.
+        name: only the adapters of this name; default all.
+
+    Yields:
+        nn.Parameter: in the model's order.
+
+    Raises:
+        AdapterError: the model has no such adapter; an optimizer over nothing would train nothing in silence.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+        >>> optimizer = torch.optim.AdamW(peftlib.parameters(model), lr=1e-3)
+    """
+    require(model, () if name is None else (name,))
+    seen: set[int] = set()
+    for _, _, adapter in adapters(model, name):
+        for parameter in adapter.parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter
+
+
+def require(model: nn.Module, names: Iterable[str] = ()) -> Selection:
+    """The selection that the model's hosts share, which knows all these names."""
+    host = next((host for _, host in hosts(model)), None)
+    if host is None:
+        raise AdapterError(f"{type(model).__name__} has no adapters. Put some in first: peftlib.inject(model, ...).")
+    selection = adapters_of(host).selection
+    for name in names:
+        if name not in selection.count:
+            known = ", ".join(map(repr, selection.count))
+            raise AdapterError(f"{type(model).__name__} has no adapter named {name!r}. It has {known}.")
+    return selection
+
+
+def share_selection(model: nn.Module) -> Selection:
+    """Makes all hosts of the model follow one selection: the sum of those that they followed before."""
+    found = {id(selection): selection for _, host in hosts(model) for selection in [adapters_of(host).selection]}
+    shared, *others = found.values() or [Selection()]
+    for other in others:
+        shared.active += tuple(name for name in other.active if name not in shared.active)
+        for name, count in other.count.items():
+            shared.count[name] = shared.count.get(name, 0) + count
+    if others:
+        for _, host in hosts(model):
+            adapters_of(host).selection = shared
+    return shared
+
+
+def remember_view(original: Selection, view: Selection) -> None:
+    _views.setdefault(original, weakref.WeakSet()).add(view)
+
+
+def require_no_views(selection: Selection, doing: str) -> None:
+    """What changes modules or weights is seen by every face of a model, so it waits until there is one."""
+    if any(selection in views for views in _views.values()):
+        raise AdapterError(
+            f"{doing}: this is a view, and a view only selects. Call it on the model that it was made from."
+        )
+    if _views.get(selection):
+        gc.collect()
+    live = len(_views.get(selection, ()))
+    if live:
+        raise AdapterError(f"{doing}: {live} view(s) of this model are alive and would change too. Delete them first.")
