@@ -1,0 +1,128 @@
+"""Full: a host's own trainable copy of its weights."""
+
+import fnmatch
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._adapter import Adapter, trainable_dtype, weight_of
+from ._errors import AdapterError
+from ._host import is_host
+
+_OWN = "own"
+
+
+class Full(Adapter):
+    r"""The host with a trainable copy of named weights: a task head, a norm, a bias (BitFit, Ben Zaken et al. 2021),
+    a whole layer. Switched, merged, saved and ejected like every other adapter.
+
+    .. math:: y = \mathrm{host}_{W'}(x), \qquad W' = W \text{ at the start}
+
+    Persistent buffers among the names are copied too, so the running statistics of a BatchNorm stay with the adapter.
+
+    Args:
+        host: the module to adapt, from `inject`.
+        params: glob, or list of globs, over the names of the host's parameters and buffers, those of its children
+            included ("bias", "*.weight"); default all.
+        dtype: of the copies of floating-point parameters; default the weight's own, or float32 beside half precision.
+
+    Raises:
+        AdapterError: a pattern that matches nothing, a host without weights, or weights that are not floating point.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
+        >>> peftlib.inject(model, torch.nn.LayerNorm, peftlib.Full)
+        ['1']
+        >>> peftlib.inject(model, "2", peftlib.Full, params="bias")
+        ['2']
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        *,
+        params: str | Sequence[str] | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.aliases = _chosen(host, params)
+        self.replaces = tuple(alias for aliases in self.aliases.values() for alias in aliases)
+        self.own = nn.Module()
+        for path in self.aliases:
+            self._copy(host, path, dtype)
+
+    def _copy(self, host: nn.Module, path: str, dtype: str | torch.dtype | None) -> None:
+        owner, leaf = _container(self.own, path)
+        weight = weight_of(host, path)
+        if not isinstance(weight, nn.Parameter):
+            owner.register_buffer(leaf, weight.detach().clone())
+            return
+        if not weight.is_floating_point():
+            raise AdapterError(
+                f"{type(host).__name__}.{path} is {weight.dtype}, which cannot train. Leave it out of params."
+            )
+        copy = torch.empty_like(weight, dtype=trainable_dtype(dtype, weight)).copy_(weight.detach())
+        owner.register_parameter(leaf, nn.Parameter(copy))
+
+    def fold(self, host: nn.Module) -> dict[str, Tensor]:
+        """The copies, under every name by which the host knows them."""
+        return {alias: weight_of(self.own, path) for path, aliases in self.aliases.items() for alias in aliases}
+
+    @classmethod
+    def split(cls, host: nn.Module, inner: str, config: dict[str, Any]) -> list[dict[str, Any]]:
+        if not inner:
+            return [config]
+        params = config.get("params") or "*"
+        return [{**config, "params": [f"{inner}.{name}" for name in ([params] if isinstance(params, str) else params)]}]
+
+    def file_keys(self) -> dict[str, str]:
+        return {key.removeprefix(f"{_OWN}."): key for key in self.state_dict()}
+
+
+def _chosen(host: nn.Module, params: str | Sequence[str] | None) -> dict[str, list[str]]:
+    """The first name of each chosen tensor, and all its names: a weight tied inside the host is copied once."""
+    named = _tensors(host)
+    patterns = ["*"] if params is None else [params] if isinstance(params, str) else params
+    for pattern in patterns:
+        if not fnmatch.filter(named, pattern):
+            names = ", ".join(named) or "none"
+            raise AdapterError(
+                f"params={pattern!r} matches no weight of {type(host).__name__} (it has {names}). Name one of them."
+            )
+    chosen: dict[str, list[str]] = {}
+    first: dict[int, str] = {}
+    for name, tensor in named.items():
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            chosen.setdefault(first.setdefault(id(tensor), name), []).append(name)
+    return chosen
+
+
+def _tensors(host: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, under all their names, without those of adapters inside."""
+    found: dict[str, Tensor] = {}
+    for prefix, module in host.named_modules(remove_duplicate=False):
+        if ".adapters." in f".{prefix}." and _in_adapters(host, prefix):
+            continue
+        own = {
+            **module._parameters,
+            **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set},
+        }
+        found.update({f"{prefix}.{leaf}".lstrip("."): tensor for leaf, tensor in own.items() if tensor is not None})
+    return found
+
+
+def _in_adapters(host: nn.Module, prefix: str) -> bool:
+    names = prefix.split(".")
+    return any(name == "adapters" and is_host(host.get_submodule(".".join(names[:i]))) for i, name in enumerate(names))
+
+
+def _container(root: nn.Module, path: str) -> tuple[nn.Module, str]:
+    *parents, leaf = path.split(".")
+    for name in parents:
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root.get_submodule(name)
+    return root, leaf

@@ -1,0 +1,213 @@
+"""LoRA: a trainable low-rank pair beside a frozen weight."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._adapter import Adapter, trainable_dtype, weight_of
+from ._errors import AdapterError
+from ._forms import (
+    form_of,
+    is_plain_linear,
+    linear_term,
+    matrices_of,
+    principal_pair,
+    require_shadow,
+    term_of,
+    weight_shape,
+)
+from ._host import runs_bare
+from .kernels import lora_linear
+
+_INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
+
+
+class LoRA(Adapter):
+    r"""Low-rank adaptation of a weight matrix (Hu et al. 2021).
+
+    .. math:: y = W x + b + s\,B A\,\mathrm{drop}(x), \qquad s = \alpha / r \quad (\alpha / \sqrt r
+        \text{ if rank-stabilised, Kalajdzievski 2023})
+
+    A is `lora_A` [rank, in], B is `lora_B` [out, rank], and B starts at zero, so inserting changes nothing. On ConvNd
+    the pair is two convolutions: A [rank, in/groups, \*kernel], shared by the groups, then B [out, rank, 1, ...]; on
+    ConvTransposeNd A [rank, in, 1, ...], then B [rank, out/groups, \*kernel]; on Embedding A [rank, entries] is looked
+    up and B [dim, rank] applied, and there A starts at zero; a stack of matrices [n, out, in] gets n pairs. Every other
+    host runs with W + s B A in place of W.
+
+    Args:
+        host: the module to adapt, from `inject`.
+        rank: r, at least 1.
+        alpha: α; the scale is α/rank.
+        dropout: probability, in [0, 1), of dropping an element of the input on its way to A, in training. Only where
+            the pair has an input of its own: Linear, ConvNd and ConvTransposeNd.
+        rank_stabilized: scale by α/√rank, which keeps the update's size as the rank grows.
+        init: how the factor that is not zero is drawn: "kaiming" (uniform in ±1/√in), "gaussian" (standard deviation
+            1/rank), "orthogonal" (orthonormal rows); or "pissa" (Meng et al. 2024): both factors from the principal
+            singular vectors of W, and what trains is their change, so that W itself stays as it is.
+        param: the weight, or several, by dotted name on the host; default its own matrices (`weight`; the in-projections
+            of MultiheadAttention; all weights of an RNN).
+        dtype: of the factors; default W's own, or float32 beside a half-precision or quantised W.
+
+    Raises:
+        AdapterError: a rank below 1, an unknown `init`, dropout where it cannot act, a host without a matrix.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> peftlib.inject(model, torch.nn.Linear, peftlib.LoRA, rank=2, alpha=4)
+        ['0', '2']
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+        52
+    """
+
+    def __init__(
+        self,
+        host: nn.Module,
+        *,
+        rank: int = 8,
+        alpha: float = 8.0,
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
+        init: str = "kaiming",
+        param: str = "weight",
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check(rank, alpha, dropout, init)
+        weight = _matrix_named(host, param)
+        shape = weight_shape(host, param)
+        self.param, self.rank, self.dropout, self.init = param, rank, float(dropout), init
+        self.scale = alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
+        self.form, self.term = form_of(host, param, shape), term_of(host, param)
+        self.fused = is_plain_linear(host) and self.term is linear_term and init != "pissa"
+        if self.term is None:
+            require_shadow(host, param)
+        if dropout and (self.term is None or self.form.looks_up):
+            raise AdapterError(
+                f"dropout={dropout}: {type(host).__name__}.{param} has no input of its own to drop from. Use dropout=0 here."
+            )
+        factors: Any = dict(device=weight.device, dtype=trainable_dtype(dtype, weight))
+        shape_A, shape_B = self.form.shapes(shape, rank)
+        self.lora_A = nn.Parameter(torch.empty(shape_A, **factors))
+        self.lora_B = nn.Parameter(torch.empty(shape_B, **factors))
+        if init == "pissa":
+            self.register_buffer("initial_A", torch.empty(shape_A, **factors))
+            self.register_buffer("initial_B", torch.empty(shape_B, **factors))
+        self.reset_parameters(host)
+
+    @torch.no_grad()
+    def reset_parameters(self, host: nn.Module | None = None) -> None:
+        """Draws the factors again; "pissa" needs the host. A model on the meta device calls this once it is real."""
+        if self.lora_A.is_meta:
+            return
+        flat_A, flat_B = self.form.pair(self.lora_A, self.lora_B)
+        if self.init == "pissa":
+            self._start_from_principal(host, flat_A, flat_B)
+            return
+        drawn, zero = (flat_B.mT, flat_A) if self.form.looks_up else (flat_A, flat_B)
+        drawn.copy_(_draw(drawn.shape, self.init))
+        zero.zero_()
+
+    def _start_from_principal(self, host: nn.Module | None, flat_A: Tensor, flat_B: Tensor) -> None:
+        if host is None:
+            raise AdapterError('LoRA with init="pissa" starts from its host\'s weight. Call reset_parameters(host).')
+        matrix = self.form.matrix(weight_of(host, self.param).detach())
+        if self.rank > min(matrix.shape[-2:]):
+            raise AdapterError(
+                f"rank={self.rank}: a {list(matrix.shape)} matrix has {min(matrix.shape[-2:])} singular vectors. "
+                'Lower the rank, or use another init than "pissa".'
+            )
+        A, B = principal_pair(matrix, self.rank)
+        flat_A.copy_(A / math.sqrt(self.scale))
+        flat_B.copy_(B / math.sqrt(self.scale))
+        self.initial_A.copy_(self.lora_A)
+        self.initial_B.copy_(self.lora_B)
+
+    @classmethod
+    def split(cls, host: nn.Module, inner: str, config: dict[str, Any]) -> list[dict[str, Any]]:
+        param = config.get("param")
+        if param is None:
+            param = (
+                [f"{inner}.{name}" for name in matrices_of(host.get_submodule(inner))] if inner else matrices_of(host)
+            )
+        elif inner:
+            param = [f"{inner}.{name}" for name in ([param] if isinstance(param, str) else param)]
+        return [{**config, "param": name} for name in ([param] if isinstance(param, str) else param)]
+
+    def file_keys(self) -> dict[str, str]:
+        prefix = "" if self.param == "weight" else f"{self.param}."
+        return {prefix + key: key for key in self.state_dict()}
+
+    def forward(self, host: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.term is None:
+            return super().forward(host, call, *args, **kwargs)
+        if self.fused and runs_bare(host, call):
+            (x,) = args or kwargs.values()
+            return lora_linear(
+                x, host.weight, host.bias, self.lora_A, self.lora_B, self.scale, self.dropout, self.training
+            )
+        y = call(*args, **kwargs)
+        return torch.add(y, self._low_rank(host, *args, **kwargs).to(y.dtype), alpha=self.scale)
+
+    def _low_rank(self, host: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        x = F.dropout(input, self.dropout, self.training) if self.dropout else input
+        dtype = x.dtype if x.is_floating_point() else self.lora_A.dtype
+        term = self.term(host, self.lora_A.to(dtype), self.lora_B.to(dtype), x, *args, **kwargs)
+        if self.init != "pissa":
+            return term
+        return term - self.term(host, self.initial_A.to(dtype), self.initial_B.to(dtype), x, *args, **kwargs)
+
+    def fold(self, host: nn.Module) -> dict[str, Tensor]:
+        """The host's weight plus s B A, the product taken in float32 or wider."""
+        weight = weight_of(host, self.param)
+        delta = self._product(self.lora_A, self.lora_B)
+        if self.init == "pissa":
+            delta = delta - self._product(self.initial_A, self.initial_B)
+        return {self.param: weight + self.scale * self.form.weight(delta, weight.shape)}
+
+    def _product(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        wide = torch.promote_types(lora_A.dtype, torch.float32)
+        flat_A, flat_B = self.form.pair(lora_A.to(wide), lora_B.to(wide))
+        return flat_B @ flat_A
+
+
+def _draw(shape: torch.Size, init: str) -> Tensor:
+    *_, rank, fan_in = shape
+    if init == "kaiming":
+        return torch.empty(shape).uniform_(-1, 1) / math.sqrt(fan_in)
+    if init == "gaussian":
+        return torch.randn(shape) / rank
+    stack = torch.empty(shape).view(-1, rank, fan_in)
+    for matrix in stack:
+        nn.init.orthogonal_(matrix)
+    return stack.view(shape)
+
+
+def _check(rank: int, alpha: float, dropout: float, init: str) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise AdapterError(f"rank={rank!r}: the rank is a whole number of at least 1. Pass rank=8, say.")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
+        raise AdapterError(f"alpha={alpha!r}: alpha is a positive number. Pass alpha=16, say.")
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise AdapterError(f"dropout={dropout!r}: the probability is in [0, 1). Pass dropout=0.1, say.")
+    if init not in _INITS:
+        raise AdapterError(f"init={init!r} is none of {', '.join(map(repr, _INITS))}. Pass one of them.")
+
+
+def _matrix_named(host: nn.Module, param: str) -> Tensor:
+    """The weight under a dotted name: a parameter, or computed as parametrized weights are."""
+    try:
+        weight = weight_of(host, param)
+    except AttributeError:
+        weight = None
+    if isinstance(weight, Tensor) and weight.dim() >= 2:
+        return weight
+    found = f"is of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else "is no tensor of it"
+    wide = [name for name, p in host.named_parameters(recurse=False) if p.dim() >= 2]
+    advice = (
+        f"Its matrices: {', '.join(wide)}" if wide else "Use Full for vectors, or target a module that has a matrix"
+    )
+    raise AdapterError(f"{type(host).__name__}.{param} {found}, and LoRA needs a matrix. {advice}.")
