@@ -1,0 +1,119 @@
+"""Choosing which adapters act and which train; each choice can be undone by leaving a `with` block."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from ._errors import AdapterError
+from ._host import Selection, face
+from ._walk import adapters, remember_view, require
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Undo(Generic[M]):
+    """What a choice returns: the choice stands; leaving a `with` block takes it back."""
+
+    def __init__(self, model: M, undo: Callable[[], None]) -> None:
+        self._model, self._undo = model, undo
+
+    def __enter__(self) -> M:
+        return self._model
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._undo()
+
+
+def activate(model: M, *names: str) -> Undo[M]:
+    """Makes exactly these adapters act, their effects summed; with no name, the base alone.
+
+    Costs the same for any number of layers, and moves no `requires_grad` (`train_only` does).
+
+    Args:
+        model: a model with adapters.
+        *names: adapters; default none.
+
+    Returns:
+        A context manager whose exit brings the previous choice back; using it is optional.
+
+    Raises:
+        AdapterError: an absent name, a merged model.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+        >>> with peftlib.activate(model):
+        ...     base_output = model(torch.ones(1, 4))
+    """
+    selection = require(model, names)
+    _require_live(selection)
+    before, selection.active = selection.active, tuple(dict.fromkeys(names))
+    return Undo(model, lambda: setattr(selection, "active", before))
+
+
+def _require_live(selection: Selection) -> None:
+    if selection.merged:
+        raise AdapterError(f"activate: {', '.join(selection.merged)} is merged into the base. Call unmerge first.")
+
+
+def train_only(model: M, *names: str) -> Undo[M]:
+    """Sets `requires_grad` on exactly the parameters of these adapters, and off on those of all others.
+
+    Args:
+        model: a model with adapters.
+        *names: adapters; default none.
+
+    Returns:
+        A context manager whose exit brings the previous flags back; using it is optional.
+
+    Raises:
+        AdapterError: an absent name.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2, name="first")
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2, name="second")
+        >>> _ = peftlib.train_only(model, "second")
+    """
+    require(model, names)
+    before = [(p, p.requires_grad) for _, _, adapter in adapters(model) for p in adapter.parameters()]
+    for _, name, adapter in adapters(model):
+        adapter.requires_grad_(name in names)
+    return Undo(model, lambda: [p.requires_grad_(on) for p, on in before] and None)
+
+
+def view(model: M, *names: str) -> M:
+    """A second face of the model: the same parameters and buffers, with a selection of its own.
+
+    Threads, or compiled graphs, can so hold different adapters of one base at the same time. While a view is alive,
+    inject, load, merge, unmerge and eject are refused on the model, and always through the view itself.
+
+    Args:
+        model: a model with adapters; it must survive `copy.deepcopy`.
+        *names: adapters that act in the view; default none, the base alone.
+
+    Returns:
+        A module of the same class. Used with `with`, nothing more than a name for it: drop it to end the view.
+
+    Raises:
+        AdapterError: an absent name, a merged model.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+        >>> base = peftlib.view(model)
+        >>> base[0].weight is model[0].weight
+        True
+    """
+    original = require(model, names)
+    _require_live(original)
+    other: Any = face(model)
+    selection = require(other)
+    selection.active = tuple(dict.fromkeys(names))
+    remember_view(original, selection)
+    return other

@@ -1,0 +1,212 @@
+"""Merging: weight forms folded into the base, in float32 with one rounding, and every bit brought back."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ._adapter import has_weight_form
+from ._errors import AdapterError
+from ._fold import Folded, folded_by_host
+from ._host import Adapters, Selection
+from ._walk import adapters, hosts, require, require_no_views
+
+_BACKUP = "_peftlib_backup"
+
+
+def merge(model: nn.Module, *names: str, backup: str = "device") -> None:
+    r"""Folds adapters into the base weights, so that the model runs as fast as the base.
+
+    .. math:: W \leftarrow \mathrm{round}(\mathrm{fold}(W)), \text{ computed in float32 or wider and rounded once}
+
+    The model then is the base with exactly these adapters; what else was active stands aside until `unmerge`.
+    All or nothing: a refusal or a failure leaves every weight as it was.
+
+    Args:
+        model: any module with adapters.
+        *names: adapters to fold, in their nesting order; default the active ones.
+        backup: where the copies for `unmerge` are kept: "device" beside the weights, or "cpu".
+
+    Raises:
+        AdapterError: an absent name, a kind without weight form, a weight that another module shares, a parametrized
+            weight, NaN or infinity, a model that is merged already, a live view.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+        >>> peftlib.merge(model)
+        >>> peftlib.unmerge(model)
+    """
+    if backup not in ("device", "cpu"):
+        raise ValueError(f'backup={backup!r}: expected "device" or "cpu"')
+    selection, names = _ready_to_fold(model, names, "merge")
+    written: list[tuple[nn.Module, str, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for _, items in folded_by_host(model, names):
+                for item in items:
+                    rounded, kept = item.rounded(), item.base.detach()
+                    kept = kept.clone() if backup == "device" else kept.to("cpu", copy=True)
+                    written.append((item.owner, item.leaf, kept))
+                    item.base.copy_(rounded)
+    except BaseException:
+        _restore(written)
+        raise
+    for owner, leaf, kept in written:
+        owner.__dict__.setdefault(_BACKUP, {})[leaf] = kept
+    selection.merged, selection.aside, selection.active = names, selection.active, ()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Brings every bit of the base weights back from the copies that `merge` kept, and the selection as it was.
+
+    Args:
+        model: a model that is merged.
+
+    Raises:
+        AdapterError: the model is not merged, or it is a view or has live ones.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+        >>> peftlib.merge(model)
+        >>> peftlib.unmerge(model)
+    """
+    selection = require(model)
+    require_no_views(selection, "unmerge")
+    if not selection.merged:
+        raise AdapterError(f"unmerge: {type(model).__name__} is not merged. Call merge first.")
+    _restore(
+        [(owner, leaf, kept) for owner in model.modules() for leaf, kept in owner.__dict__.get(_BACKUP, {}).items()]
+    )
+    forget_backups(model)
+    selection.merged, selection.active = (), selection.aside
+
+
+def base_weight(owner: nn.Module, leaf: str) -> Tensor:
+    """A weight of the base, as it is without what may be merged into it."""
+    return owner.__dict__.get(_BACKUP, {}).get(leaf, getattr(owner, leaf))
+
+
+def forget_backups(model: nn.Module) -> None:
+    """Makes a merge final."""
+    for owner in model.modules():
+        owner.__dict__.pop(_BACKUP, None)
+
+
+@contextlib.contextmanager
+def merged(model: nn.Module, *names: str, backup: str = "device") -> Iterator[nn.Module]:
+    """`merge` for the length of a `with` block; `unmerge` follows, after an exception too.
+
+    Args:
+        model: any module with adapters.
+        *names: adapters to fold; default the active ones.
+        backup: "device" or "cpu", as in `merge`.
+
+    Yields:
+        nn.Module: the model itself, merged.
+
+    Raises:
+        AdapterError: as `merge`.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+        >>> with peftlib.merged(model):
+        ...     output = model(torch.ones(1, 4))
+    """
+    merge(model, *names, backup=backup)
+    try:
+        yield model
+    finally:
+        unmerge(model)
+
+
+def merged_state_dict(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
+    """The base's state dict with adapters folded in, one tensor at a time, under the base's own keys.
+
+    The model is not touched, and beyond it no more than one host's weights are held at once.
+
+    Args:
+        model: any module with adapters.
+        *names: adapters to fold; default the active ones, or the merged ones of a merged model.
+
+    Returns:
+        Iterator of (key, tensor), in the order of `state_dict()`.
+
+    Raises:
+        AdapterError: as `merge`; a model that is merged with other names.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+        >>> [key for key, tensor in peftlib.merged_state_dict(model)]
+        ['0.weight', '0.bias']
+    """
+    selection = require(model, names)
+    if selection.merged and set(names or selection.merged) == set(selection.merged):
+        return _stream(model, iter(()))
+    _, names = _ready_to_fold(model, names, "merged_state_dict", views_matter=False)
+    return _stream(model, folded_by_host(model, names))
+
+
+@torch.no_grad()
+def _stream(model: nn.Module, folded: Iterator[tuple[nn.Module, list[Folded]]]) -> Iterator[tuple[str, Tensor]]:
+    ours = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Adapters)}
+    by_name = dict(hosts(model))
+    state = {k: v for k, v in model.state_dict(keep_vars=True).items() if not any(p in ours for p in _prefixes(k))}
+    waiting = Counter(id(tensor) for tensor in state.values())
+    done: set[int] = set()
+    ready: dict[int, Tensor] = {}
+    for key, tensor in state.items():
+        for host in (by_name[prefix] for prefix in _prefixes(key) if prefix in by_name):
+            while id(host) not in done and (step := next(folded, None)):
+                done.add(id(step[0]))
+                ready.update({id(item.base): item.rounded() for item in step[1]})
+        waiting[id(tensor)] -= 1
+        yield key, ready.get(id(tensor), tensor.detach())
+        if not waiting[id(tensor)]:
+            ready.pop(id(tensor), None)
+    if ready:
+        raise AdapterError(
+            f"merged_state_dict: {len(ready)} merged weight(s) are not in state_dict(), so they would be lost. "
+            "Merge in place instead, or make them persistent."
+        )
+
+
+def _prefixes(key: str) -> list[str]:
+    """The modules around a key, outermost first: "a.b.weight" gives "", "a", "a.b"."""
+    names = key.split(".")
+    return [".".join(names[:i]) for i in range(len(names))]
+
+
+def _ready_to_fold(
+    model: nn.Module, names: tuple[str, ...], doing: str, views_matter: bool = True
+) -> tuple[Selection, tuple[str, ...]]:
+    selection = require(model, names)
+    if views_matter:
+        require_no_views(selection, doing)
+    if selection.merged:
+        raise AdapterError(f"{doing}: {', '.join(selection.merged)} is merged already. Call unmerge first.")
+    names = tuple(dict.fromkeys(names)) or selection.active
+    if not names:
+        raise AdapterError(f"{doing}: no adapter is active. Name one of {', '.join(map(repr, selection.count))}.")
+    for host_name, name, adapter in adapters(model):
+        if name in names and not has_weight_form(adapter):
+            raise AdapterError(
+                f'{doing}: "{name}" holds a {type(adapter).__name__} on {host_name or "the root"}, which has no weight '
+                "form. Keep it live, or merge another name."
+            )
+    return selection, names
+
+
+def _restore(written: list[tuple[nn.Module, str, Tensor]]) -> None:
+    with torch.no_grad():
+        for owner, leaf, kept in reversed(written):
+            getattr(owner, leaf).copy_(kept)

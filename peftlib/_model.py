@@ -1,0 +1,165 @@
+"""Putting adapters into a model and taking them out, all or nothing."""
+
+from typing import Any
+
+from torch import nn
+
+from ._adapter import Adapter
+from ._errors import AdapterError
+from ._host import Selection, adapters_of, adopt, all_or_nothing, parts, put, release, require_on_top, take
+from ._merge import forget_backups, unmerge
+from ._merge import merge as fold_in
+from ._place import Placed, build, places, require_free, require_name
+from ._readers import fast_paths_around
+from ._select import Targets
+from ._walk import candidates, hosts, require, require_no_views, share_selection
+
+_FROZEN = "_peftlib_frozen"
+
+
+def inject(
+    model: nn.Module,
+    targets: Targets,
+    kind: type[Adapter],
+    *,
+    name: str = "default",
+    exclude: Targets = (),
+    freeze: bool = True,
+    **config: Any,
+) -> list[str]:
+    """Puts an adapter of one kind around every module that `targets` names, in place, and makes it active.
+
+    Several calls under one name build one adapter of several parts. All or nothing: if any host refuses, the model is
+    as it was.
+
+    Args:
+        model: any module; it is changed in place and stays the same object.
+        targets: a glob on the whole name or a dotted suffix ("q_proj", "layers.[0-3].*.q_proj"), a module type, a
+            predicate(name, module), or a list of these. Each must match at least one module.
+        kind: `LoRA`, `Full`, or a subclass of `Adapter` of your own.
+        name: of the adapter; one name is activated, saved, merged and ejected together.
+        exclude: targets to leave out.
+        freeze: sets `requires_grad=False` on all that the model holds outside adapters, until the last one is ejected.
+        **config: keywords of the kind.
+
+    Returns:
+        list[str]: the qualified names of the hosts, in the model's order.
+
+    Raises:
+        AdapterError: a target that matches nothing, a host that this kind cannot adapt, a name that is taken there, a
+            merged model, a live view.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.TransformerEncoderLayer(16, 4)
+        >>> peftlib.inject(model, ["linear1", "out_proj"], peftlib.LoRA, rank=2)
+        ['self_attn', 'linear1']
+    """
+    require_name(name)
+    require_changeable(model, "inject")
+    placed = [build(place, kind, name) for place in places(model, targets, kind, exclude, config)]
+    require_free(placed)
+    install(model, placed, freeze=freeze)
+    return list(dict.fromkeys(item.host_name for item in placed))
+
+
+def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
+    with all_or_nothing(model):
+        selection = share_selection(model)
+        for around in fast_paths_around(model, {id(item.host) for item in placed}):
+            adopt(around, selection)
+        for _, host, adapter in placed:
+            adopt(host, selection)
+            put(host, adapter)
+            if adapter.name not in selection.active:
+                selection.active += (adapter.name,)
+    if freeze:
+        _freeze(model)
+
+
+def require_changeable(model: nn.Module, doing: str) -> None:
+    """Adapters come and go only while the base is unmerged and the model has one face."""
+    for selection in {id(s): s for _, host in hosts(model) for s in [adapters_of(host).selection]}.values():
+        require_no_views(selection, doing)
+        if selection.merged:
+            raise AdapterError(f"{doing}: {', '.join(selection.merged)} is merged into the base. Call unmerge first.")
+
+
+def eject(model: nn.Module, name: str | None = None, *, merge: bool = False) -> None:
+    """Takes adapters out without a trace: class, attributes, state-dict keys and `requires_grad` are as they were.
+
+    Args:
+        model: a model with adapters.
+        name: the adapter to take out; default all of them.
+        merge: first fold it (default: the active ones) into the base, for good.
+
+    Raises:
+        AdapterError: an absent name, a merged model without `merge=True`, a class that something put above the
+            adapted one, a live view; and what `merge` refuses.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+        >>> peftlib.eject(model)
+        >>> type(model[0]) is torch.nn.Linear
+        True
+    """
+    selection = require(model, () if name is None else (name,))
+    if not merge:
+        require_changeable(model, "eject")
+        _take_out(model, name)
+        return
+    folded_before = _fold_for_good(model, selection, name)
+    try:
+        _take_out(model, name)
+    except BaseException:
+        if not folded_before:
+            unmerge(model)
+        raise
+    selection.active = tuple(other for other in selection.aside if other in selection.count)
+    selection.merged = ()
+    forget_backups(model)
+
+
+def _fold_for_good(model: nn.Module, selection: Selection, name: str | None) -> bool:
+    """Whether the model was merged already."""
+    names = () if name is None else (name,)
+    if not selection.merged:
+        fold_in(model, *names)
+        return False
+    require_no_views(selection, "eject")
+    if names and selection.merged != names:
+        raise AdapterError(f"eject: {', '.join(selection.merged)} is merged, not {name!r} alone. Call unmerge first.")
+    return True
+
+
+def _take_out(model: nn.Module, name: str | None) -> None:
+    leaving = [(host, adapter) for _, host in hosts(model) for adapter in parts(host, name and (name,))]
+    with all_or_nothing(model):
+        for host, adapter in leaving:
+            take(host, adapter)
+        adapted = {id(host) for _, host in hosts(model) if parts(host)}
+        needed = adapted | {id(around) for around in fast_paths_around(model, adapted)}
+        for host_name, host in [*hosts(model)]:
+            if id(host) not in needed:
+                require_on_top(host_name, host)
+                release(host)
+    if not adapted:
+        _thaw(model)
+
+
+def _freeze(model: nn.Module) -> None:
+    """Remembers on each module which of its parameters trained: names outlive parameters that others replace."""
+    for _, module in candidates(model):
+        on = tuple(leaf for leaf, p in module._parameters.items() if p is not None and p.requires_grad)
+        if on:
+            module.__dict__[_FROZEN] = (*module.__dict__.get(_FROZEN, ()), *on)
+            for leaf in on:
+                module._parameters[leaf].requires_grad_(False)
+
+
+def _thaw(model: nn.Module) -> None:
+    for module in model.modules():
+        for leaf in module.__dict__.pop(_FROZEN, ()):
+            module._parameters[leaf].requires_grad_(True)

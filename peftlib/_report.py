@@ -1,0 +1,162 @@
+"""Looking: what an injection would do, and what a model holds."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ._adapter import Adapter
+from ._place import build, places
+from ._select import Targets
+from ._table import size, table
+from ._walk import adapters, candidates, require
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One adapter to be: its host, its tensors' shapes, its trainable parameters, Adam's two moments in bytes."""
+
+    host: str
+    kind: str
+    shapes: dict[str, tuple[int, ...]]
+    parameters: int
+    adam_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `inject` would do; `str()` is a table."""
+
+    rows: tuple[PlanRow, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters in all."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def adam_bytes(self) -> int:
+        """Bytes of Adam's first and second moments in all, in the dtype of the parameters."""
+        return sum(row.adam_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        rows = [
+            (row.host or "(root)", row.kind, _shapes(row.shapes), row.parameters, size(row.adam_bytes))
+            for row in self.rows
+        ]
+        total = f"{len(rows)} adapters, {self.parameters:,} trainable parameters, {size(self.adam_bytes)} of Adam state"
+        return table(("host", "kind", "shapes", "parameters", "Adam state"), rows) + f"\n{total}"
+
+
+def plan(model: nn.Module, targets: Targets, kind: type[Adapter], *, exclude: Targets = (), **config: Any) -> Plan:
+    """What `inject` would do with the same arguments; touches nothing, allocates nothing.
+
+    Args:
+        model: any module.
+        targets: as in `inject`.
+        kind: as in `inject`.
+        exclude: as in `inject`.
+        **config: keywords of the kind.
+
+    Returns:
+        Plan: a row for each adapter, with its shapes, trainable parameters and bytes of Adam state (two moments).
+
+    Raises:
+        AdapterError: what `inject` refuses about targets, hosts and configuration.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> print(peftlib.plan(model, torch.nn.Linear, peftlib.LoRA, rank=2))
+        host  kind  shapes                      parameters  Adam state
+        ----  ----  --------------------------  ----------  ----------
+        0     LoRA  lora_A [2, 8] lora_B [8, 2]          32  256 B
+        2     LoRA  lora_A [2, 8] lora_B [2, 2]          20  160 B
+        2 adapters, 52 trainable parameters, 416 B of Adam state
+    """
+    built = [build(place, kind, "plan", on_meta=True) for place in places(model, targets, kind, exclude, config)]
+    return Plan(tuple(_plan_row(host_name, adapter) for host_name, _, adapter in built))
+
+
+def _plan_row(host_name: str, adapter: Adapter) -> PlanRow:
+    state = adapter.state_dict()
+    shapes = {key: tuple(state[inner].shape) for key, inner in adapter.file_keys().items()}
+    trained = [p for p in adapter.parameters() if p.requires_grad]
+    moments = sum(2 * p.numel() * p.element_size() for p in trained)
+    return PlanRow(host_name, type(adapter).__name__, shapes, sum(p.numel() for p in trained), moments)
+
+
+def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
+    return " ".join(f"{key} {list(shape)}" for key, shape in shapes.items())
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One adapter on one host; `state` is "active", "off" or "merged"."""
+
+    host: str
+    name: str
+    kind: str
+    state: str
+    parameters: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a model holds; `str()` is a table."""
+
+    rows: tuple[SummaryRow, ...]
+    base_parameters: int
+    base_trainable: int
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Parameters of all adapters."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters with `requires_grad`, adapters and base together."""
+        return self.base_trainable + sum(row.trainable for row in self.rows)
+
+    def __str__(self) -> str:
+        rows = [(r.host or "(root)", r.name, r.kind, r.state, r.parameters, r.trainable) for r in self.rows]
+        share = 100 * self.trainable / max(1, self.base_parameters + self.adapter_parameters)
+        total = (
+            f"{self.trainable:,} of {self.base_parameters + self.adapter_parameters:,} parameters train ({share:.2f} %); "
+            f"base {self.base_parameters:,}, adapters {self.adapter_parameters:,}"
+        )
+        return table(("host", "adapter", "kind", "state", "parameters", "trainable"), rows) + f"\n{total}"
+
+
+def summary(model: nn.Module) -> Summary:
+    """A table of the adapters in a model: `str()` for people, plain numbers as attributes.
+
+    Args:
+        model: any module, with adapters or without.
+
+    Returns:
+        Summary: a row for each adapter on each host, and totals.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+        >>> print(peftlib.summary(model))
+        host  adapter  kind  state   parameters  trainable
+        ----  -------  ----  ------  ----------  ---------
+        0     default  LoRA  active          32         32
+        32 of 104 parameters train (30.77 %); base 72, adapters 32
+    """
+    base = {id(p): p for _, module in candidates(model) for p in module._parameters.values() if p is not None}.values()
+    rows = tuple(_summary_row(model, *item) for item in adapters(model))
+    return Summary(rows, sum(p.numel() for p in base), sum(p.numel() for p in base if p.requires_grad))
+
+
+def _summary_row(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> SummaryRow:
+    selection = require(model)
+    state = "merged" if name in selection.merged else "active" if name in selection.active else "off"
+    own = list(adapter.parameters())
+    trainable = sum(p.numel() for p in own if p.requires_grad)
+    return SummaryRow(host_name, name, type(adapter).__name__, state, sum(p.numel() for p in own), trainable)

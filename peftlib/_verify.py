@@ -1,0 +1,153 @@
+"""Verifying: each adapter runs, learns and agrees with its merged form, checked without leaving a trace."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._adapter import Adapter, has_weight_form
+from ._merge import merged
+from ._walk import adapters, candidates, require
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found. It is true where there is no problem; `str()` lists the problems."""
+
+    problems: tuple[str, ...]
+    difference: float | None
+
+    def __bool__(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        agreement = (
+            "no weight form to compare"
+            if self.difference is None
+            else f"live and merged differ by {self.difference:.3g}"
+        )
+        return (
+            "\n".join(self.problems or ["every active adapter runs and learns; the base cannot move"])
+            + f"\n{agreement}"
+        )
+
+
+def verify(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Verification:
+    """Runs the model once forward and backward and says which active adapters do nothing.
+
+    An adapter is named when it did not run, when no gradient reached it, or when a factor is dead: all zero and with
+    an all-zero gradient, so that no step can move it. A base parameter that still trains is named too. Gradients,
+    random state, training flags and buffers are as they were.
+
+    Args:
+        model: a model with adapters.
+        *inputs: what the model is called with.
+        **named_inputs: keywords of that call.
+
+    Returns:
+        Verification: `problems`, one sentence each; `difference`, the largest absolute difference between live and
+        merged output in eval mode, None where a kind has no weight form.
+
+    Raises:
+        AdapterError: the model has no adapters, is merged, or has a live view.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+        >>> bool(peftlib.verify(model, torch.ones(1, 4)))
+        True
+    """
+    selection = require(model)
+    active = [item for item in adapters(model) if item[1] in selection.active]
+    with _no_trace(model):
+        ran = _run_backward(model, active, inputs, named_inputs)
+        model.eval()
+        difference = _difference(model, active, inputs, named_inputs)
+    return Verification((*_adapter_problems(active, ran), *_base_problems(model)), difference)
+
+
+Named = tuple[str, str, Adapter]
+Gradients = dict[int, list[Tensor | None]]
+
+
+def _run_backward(model: nn.Module, active: list[Named], inputs: Any, named_inputs: Any) -> Gradients:
+    """The gradients of each adapter that ran, by the adapter's id."""
+    ran: set[int] = set()
+    hooks = [adapter.register_forward_pre_hook(lambda module, _: ran.add(id(module)) or None) for *_, adapter in active]
+    try:
+        with torch.enable_grad():
+            loss = sum(tensor.double().square().sum() for tensor in _tensors(model(*inputs, **named_inputs)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    wanted = [p for *_, adapter in active for p in adapter.parameters() if p.requires_grad]
+    tracked = isinstance(loss, Tensor) and loss.requires_grad and wanted
+    found = iter(torch.autograd.grad(loss, wanted, allow_unused=True) if tracked else [None] * len(wanted))
+    gradients = {id(adapter): [next(found) for p in adapter.parameters() if p.requires_grad] for *_, adapter in active}
+    return {key: value for key, value in gradients.items() if key in ran}
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        yield from (tensor for value in output.values() for tensor in _tensors(value))
+    elif isinstance(output, (list, tuple)):
+        yield from (tensor for value in output for tensor in _tensors(value))
+
+
+def _adapter_problems(active: list[Named], ran: Gradients) -> Iterator[str]:
+    for host, name, adapter in active:
+        where = f'"{name}" on {host or "the root"} ({type(adapter).__name__})'
+        trained = [(key, p) for key, p in adapter.named_parameters() if p.requires_grad]
+        if id(adapter) not in ran:
+            yield f"{where} did not run: the model computes its host in another way. Target a module that it calls."
+        elif not trained:
+            yield f"{where} does not train: none of its parameters has requires_grad. Call train_only with its name."
+        elif not any(gradient is not None and gradient.any() for gradient in ran[id(adapter)]):
+            yield f"{where} got no gradient: nothing it computes reaches the output. Check detach() and no_grad() around it."
+        else:
+            for (key, p), gradient in zip(trained, ran[id(adapter)], strict=True):
+                if not p.any() and (gradient is None or not gradient.any()):
+                    yield f"{where} has a dead factor: {key} is all zero and gets no gradient. Reset or reload the adapter."
+
+
+def _base_problems(model: nn.Module) -> Iterator[str]:
+    for name, module in candidates(model):
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                yield f"{f'{name}.{leaf}'.lstrip('.')} of the base trains. Freeze it, or adapt it with Full."
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, active: list[Named], inputs: Any, named_inputs: Any) -> float | None:
+    if not active or not all(has_weight_form(adapter) for *_, adapter in active):
+        return None
+    live = list(_tensors(model(*inputs, **named_inputs)))
+    with merged(model):
+        folded = list(_tensors(model(*inputs, **named_inputs)))
+    return max(
+        ((a.double() - b.double()).abs().max().item() for a, b in zip(live, folded, strict=True) if a.numel()),
+        default=0.0,
+    )
+
+
+@contextlib.contextmanager
+def _no_trace(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng([device.index for device in devices]):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
