@@ -1,6 +1,7 @@
 """An adapter: a child module that stands around its host's call."""
 
 import contextlib
+import functools
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -145,7 +146,7 @@ def full_config(kind: type[Adapter], config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         AdapterError: a value that JSON cannot hold.
     """
-    bound = inspect.signature(kind).bind(None, **config)
+    bound = _signature(kind).bind(None, **config)
     bound.apply_defaults()
     _, *given = bound.arguments.items()
     full = {key: _dtype_name(value) for key, value in _flattened(kind, given)}
@@ -159,10 +160,14 @@ def full_config(kind: type[Adapter], config: dict[str, Any]) -> dict[str, Any]:
     return full
 
 
+_signature = functools.cache(inspect.signature)  # 0.12 ms a call, and one is made for every host
+
+
 def _flattened(kind: type[Adapter], given: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    collects = {p.name for p in inspect.signature(kind).parameters.values() if p.kind is p.VAR_KEYWORD}
+    """Keywords that the constructor collects (`**kwargs`) stand beside the named ones."""
     for key, value in given:
-        yield from value.items() if key in collects else [(key, value)]
+        collects = _signature(kind).parameters[key].kind is inspect.Parameter.VAR_KEYWORD
+        yield from value.items() if collects else [(key, value)]
 
 
 def _dtype_name(value: Any) -> Any:
