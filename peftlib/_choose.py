@@ -16,7 +16,7 @@ M = TypeVar("M", bound=nn.Module)
 class Undo(Generic[M]):
     """What a choice returns: the choice stands; leaving a `with` block takes it back."""
 
-    def __init__(self, model: M, undo: Callable[[], None]) -> None:
+    def __init__(self, model: M, undo: Callable[[], object]) -> None:
         self._model, self._undo = model, undo
 
     def __enter__(self) -> M:
@@ -83,7 +83,7 @@ def train_only(model: M, *names: str) -> Undo[M]:
     before = [(p, p.requires_grad) for _, _, adapter in adapters(model) for p in adapter.parameters()]
     for _, name, adapter in adapters(model):
         adapter.requires_grad_(name in names)
-    return Undo(model, lambda: [p.requires_grad_(on) for p, on in before] and None)
+    return Undo(model, lambda: [p.requires_grad_(on) for p, on in before])
 
 
 def view(model: M, *names: str) -> M:
@@ -97,7 +97,7 @@ def view(model: M, *names: str) -> M:
         *names: adapters that act in the view; default none, the base alone.
 
     Returns:
-        A module of the same class. Used with `with`, nothing more than a name for it: drop it to end the view.
+        A module of the same class. It ends when nothing refers to it any more.
 
     Raises:
         AdapterError: an absent name, a merged model.

@@ -13,5 +13,5 @@ class AdapterError(Exception):
         ...     peftlib.inject(torch.nn.Linear(4, 4), "q_porj", peftlib.LoRA)
         ... except peftlib.AdapterError as error:
         ...     print(error)
-        targets: no module matches 'q_porj'. The model has no named submodules. Pass a name, a type or a predicate that matches.
+        targets: no module matches 'q_porj'. The model has no named submodules. Pass a type or a predicate.
     """

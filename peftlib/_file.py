@@ -75,7 +75,7 @@ def header_of(file: Any, path: Path) -> Header:
     problem = _problem(header)
     if problem:
         raise AdapterError(f"{os.fspath(path)}: {problem}. Save it again, with this version of peftlib if need be.")
-    slices = {key: file.get_slice(key) for key in file.keys()}
+    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
     tensors = {key: {"dtype": item.get_dtype(), "shape": list(item.get_shape())} for key, item in slices.items()}
     return {**header, "tensors": tensors}
 

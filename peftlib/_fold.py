@@ -119,7 +119,8 @@ def _refuse_shared(items: list[Folded], owners: dict[object, list[tuple[int, str
             if twin is None or twin.value is not item.value:
                 names = ", ".join(f'"{part.name}"' for part in parts(host))
                 raise AdapterError(
-                    f"cannot merge {names} into {item.name}: it is also {name}, which would change too. Untie them first."
+                    f"cannot merge {names} into {item.name}: it is also {name}, which would change too. "
+                    "Untie them first."
                 )
 
 

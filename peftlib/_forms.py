@@ -16,8 +16,8 @@ Term = Callable[..., Tensor]
 
 
 class Form:
-    """One layout of a weight. Its functions: the shapes of A and B for a weight's shape and a rank; the weight read as
-    a matrix [..., out, in]; such a matrix laid out as the weight; A and B seen as [..., rank, in] and [..., out, rank]."""
+    """One layout of a weight. Its functions: the shapes of A and B for a weight's shape and a rank; the weight read as a
+    matrix [..., out, in]; such a matrix laid out as the weight; A and B seen as [..., rank, in] and [..., out, rank]."""
 
     shapes: Callable[[Shape, int], tuple[Shape, Shape]]
     matrix: Callable[[Tensor], Tensor]
@@ -92,9 +92,14 @@ def is_transposed_linear(host: nn.Module) -> bool:
     )
 
 
+def _own_forward(host: nn.Module) -> Any:
+    cls: Any = base_type(type(host))
+    return cls.forward
+
+
 def is_plain_linear(host: nn.Module) -> bool:
     """A stock Linear over an ordinary tensor: no quantised subclass that must run through its own forward."""
-    if not isinstance(host, nn.Linear) or base_type(host).forward is not nn.Linear.forward:
+    if not isinstance(host, nn.Linear) or _own_forward(host) is not nn.Linear.forward:
         return False
     return type(host.weight) in (Tensor, nn.Parameter) and host.weight.is_floating_point()
 
@@ -123,7 +128,7 @@ def term_of(host: nn.Module, path: str) -> Term | None:
         return None
     if is_transposed_linear(host) or (isinstance(host, nn.Linear) and not weight_of(host, path).is_floating_point()):
         return linear_term
-    forward: Any = base_type(host).forward
+    forward = _own_forward(host)
     for stock, term in _TERMS:
         if isinstance(host, stock) and forward is stock.forward:
             return None if _bends_lookup(host) else term

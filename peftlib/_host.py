@@ -40,7 +40,7 @@ class Adapted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *state = super().__reduce_ex__(protocol)
-        return _rebuild, (base_type(self),), *state
+        return _rebuild, (base_type(type(self)),), *state
 
 
 _classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
@@ -93,17 +93,14 @@ def _off_while_adapted(attribute: str, off: Any) -> property:
 
 
 def _rebuild(cls: type) -> Any:
-    host = cls.__new__(cls)
+    host: Any = object.__new__(cls)
     host.__class__ = _adapted(cls)
     return host
 
 
-def base_type(module: nn.Module) -> type:
+def base_type(cls: type) -> type:
     """The host's own class, whatever stands above it."""
-    for cls in type(module).__mro__:
-        if Adapted in cls.__bases__:
-            return cls.__bases__[1]
-    return type(module)
+    return next((above.__bases__[1] for above in cls.__mro__ if Adapted in above.__bases__), cls)
 
 
 def runs_bare(host: nn.Module, call: Callable[..., Any]) -> bool:
@@ -146,7 +143,7 @@ def adopt(host: Any, selection: Selection) -> None:
 def release(host: Any) -> None:
     """Makes an empty host the module that it was."""
     del host.adapters
-    host.__class__ = base_type(host)
+    host.__class__ = base_type(type(host))
     if _INNER in host.__dict__:
         host.__dict__["forward"] = host.__dict__.pop(_INNER)
 
@@ -173,8 +170,8 @@ def require_on_top(name: str, host: nn.Module) -> None:
     if Adapted not in type(host).__bases__:
         above = [cls.__name__ for cls in type(host).__mro__[: type(host).__mro__.index(Adapted) - 1]]
         raise AdapterError(
-            f"{name or 'the root'}: {', '.join(above)} was put above the adapted {base_type(host).__name__} after inject. "
-            "Undo that first, then eject."
+            f"{name or 'the root'}: {', '.join(above)} was put above the adapted {base_type(type(host)).__name__} after "
+            "inject. Undo that first, then eject."
         )
 
 

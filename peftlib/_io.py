@@ -113,10 +113,10 @@ def load(model: nn.Module, path: Path, name: str | None = None, *, strict: bool 
     """
     with opened(path) as file:
         header = header_of(file, path)
-        name = header["name"] if name is None else name
-        require_name(name)
+        called: str = header["name"] if name is None else name
+        require_name(called)
         require_changeable(model, "load")
-        placed = list(_rebuilt(model, header, name, os.fspath(path)))
+        placed = list(_rebuilt(model, header, called, os.fspath(path)))
         require_free(placed)
         _require_keys(placed, header, os.fspath(path))
         if strict:
@@ -160,7 +160,8 @@ def _require_keys(placed: list[Placed], header: Header, path: str) -> None:
     for key, shape in expected.items():
         if found[key]["shape"] != list(shape):
             raise AdapterError(
-                f"{path}: {key} has shape {found[key]['shape']}, this model needs {list(shape)}. Load it onto its own base."
+                f"{path}: {key} has shape {found[key]['shape']}, this model needs {list(shape)}. "
+                "Load it onto its own base."
             )
 
 

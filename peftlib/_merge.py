@@ -170,7 +170,7 @@ def _stream(model: nn.Module, folded: Iterator[tuple[nn.Module, list[Folded]]]) 
                 done.add(id(step[0]))
                 ready.update({id(item.base): item.rounded() for item in step[1]})
         waiting[id(tensor)] -= 1
-        yield key, ready.get(id(tensor), tensor.detach())
+        yield key, ready[id(tensor)] if id(tensor) in ready else tensor.detach()
         if not waiting[id(tensor)]:
             ready.pop(id(tensor), None)
     if ready:

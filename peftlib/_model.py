@@ -156,10 +156,10 @@ def _freeze(model: nn.Module) -> None:
         if on:
             module.__dict__[_FROZEN] = (*module.__dict__.get(_FROZEN, ()), *on)
             for leaf in on:
-                module._parameters[leaf].requires_grad_(False)
+                module.get_parameter(leaf).requires_grad_(False)
 
 
 def _thaw(model: nn.Module) -> None:
     for module in model.modules():
         for leaf in module.__dict__.pop(_FROZEN, ()):
-            module._parameters[leaf].requires_grad_(True)
+            module.get_parameter(leaf).requires_grad_(True)

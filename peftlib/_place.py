@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ._adapter import Adapter, full_config
 from ._errors import AdapterError
@@ -80,7 +80,8 @@ def require_adaptable(name: str, host: nn.Module) -> None:
         raise AdapterError(
             f"{where}: {found} is scripted, and its forward cannot change. Adapt the model, then script it."
         )
-    if isinstance(host, LazyModuleMixin) and host.has_uninitialized_params():
+    own = (*host._parameters.values(), *host._buffers.values())
+    if any(isinstance(tensor, (UninitializedParameter, UninitializedBuffer)) for tensor in own):
         raise AdapterError(f"{where}: {found} is lazy and has no shapes yet. Run one batch through the model first.")
     if any(type(p).__name__ == "DTensor" or hasattr(p, "device_mesh") for p in host.parameters(recurse=False)):
         raise AdapterError(f"{where}: its parameters are sharded already. Inject first, then fully_shard.")
@@ -101,7 +102,7 @@ def require_free(placed: list[Placed]) -> None:
             there = taken.setdefault((id(host), adapter.name, key), "")
             if there:
                 raise AdapterError(
-                    f'{host_name or "the root"}: "{adapter.name}" has a {there} with {key!r} there already. Eject it, or '
-                    "inject under another name."
+                    f'{host_name or "the root"}: "{adapter.name}" has a {there} with {key!r} there already. '
+                    "Eject it, or inject under another name."
                 )
         taken.update({(id(host), adapter.name, key): type(adapter).__name__ for key in adapter.file_keys()})

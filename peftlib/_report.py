@@ -122,9 +122,10 @@ class Summary:
 
     def __str__(self) -> str:
         rows = [(r.host or "(root)", r.name, r.kind, r.state, r.parameters, r.trainable) for r in self.rows]
-        share = 100 * self.trainable / max(1, self.base_parameters + self.adapter_parameters)
+        everything = self.base_parameters + self.adapter_parameters
+        share = 100 * self.trainable / max(1, everything)
         total = (
-            f"{self.trainable:,} of {self.base_parameters + self.adapter_parameters:,} parameters train ({share:.2f} %); "
+            f"{self.trainable:,} of {everything:,} parameters train ({share:.2f} %); "
             f"base {self.base_parameters:,}, adapters {self.adapter_parameters:,}"
         )
         return table(("host", "adapter", "kind", "state", "parameters", "trainable"), rows) + f"\n{total}"

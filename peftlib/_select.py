@@ -51,7 +51,7 @@ def _test(target: Any, where: str) -> Callable[[str, nn.Module], bool]:
     if isinstance(target, type):
         return lambda name, module: isinstance(module, target)
     if callable(target):
-        return target
+        return lambda name, module: bool(target(name, module))
     raise TypeError(f"{where}: expected a glob, a module type or a predicate(name, module), found {target!r}")
 
 
@@ -75,7 +75,7 @@ def _advice(target: Target, candidates: Sequence[Named]) -> str:
         return "Check the predicate: it is called with (name, module) for every module."
     near = list(_near_misses(target, [name for name, _ in candidates if name]))
     if not near:
-        return "The model has no named submodules. Pass a name, a type or a predicate that matches."
+        return "The model has no named submodules. Pass a type or a predicate."
     return f"The nearest names are {', '.join(map(repr, near))}. Correct the pattern or drop it."
 
 

@@ -77,18 +77,24 @@ Gradients = dict[int, list[Tensor | None]]
 def _run_backward(model: nn.Module, active: list[Named], inputs: Any, named_inputs: Any) -> Gradients:
     """The gradients of each adapter that ran, by the adapter's id."""
     ran: set[int] = set()
-    hooks = [adapter.register_forward_pre_hook(lambda module, _: ran.add(id(module)) or None) for *_, adapter in active]
+    hooks = [adapter.register_forward_pre_hook(lambda module, _: ran.add(id(module))) for *_, adapter in active]
     try:
         with torch.enable_grad():
-            loss = sum(tensor.double().square().sum() for tensor in _tensors(model(*inputs, **named_inputs)))
+            loss = _loss(model(*inputs, **named_inputs))
     finally:
         for hook in hooks:
             hook.remove()
     wanted = [p for *_, adapter in active for p in adapter.parameters() if p.requires_grad]
-    tracked = isinstance(loss, Tensor) and loss.requires_grad and wanted
-    found = iter(torch.autograd.grad(loss, wanted, allow_unused=True) if tracked else [None] * len(wanted))
+    reached = loss.requires_grad and wanted
+    found = iter(torch.autograd.grad(loss, wanted, allow_unused=True) if reached else [None] * len(wanted))
     gradients = {id(adapter): [next(found) for p in adapter.parameters() if p.requires_grad] for *_, adapter in active}
     return {key: value for key, value in gradients.items() if key in ran}
+
+
+def _loss(output: Any) -> Tensor:
+    """A random projection: a plain sum, of squares too, has no gradient behind a LayerNorm."""
+    projected = [(tensor.double() * torch.randn_like(tensor, dtype=torch.float64)).sum() for tensor in _tensors(output)]
+    return torch.stack(projected).sum() if projected else torch.zeros(())
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -110,11 +116,11 @@ def _adapter_problems(active: list[Named], ran: Gradients) -> Iterator[str]:
         elif not trained:
             yield f"{where} does not train: none of its parameters has requires_grad. Call train_only with its name."
         elif not any(gradient is not None and gradient.any() for gradient in ran[id(adapter)]):
-            yield f"{where} got no gradient: nothing it computes reaches the output. Check detach() and no_grad() around it."
+            yield f"{where} got no gradient: its output does not reach the model's. Look for detach() or no_grad()."
         else:
             for (key, p), gradient in zip(trained, ran[id(adapter)], strict=True):
                 if not p.any() and (gradient is None or not gradient.any()):
-                    yield f"{where} has a dead factor: {key} is all zero and gets no gradient. Reset or reload the adapter."
+                    yield f"{where} has a dead factor: {key} is all zero and gets no gradient. Reset the adapter."
 
 
 def _base_problems(model: nn.Module) -> Iterator[str]:

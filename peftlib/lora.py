@@ -1,6 +1,7 @@
 """LoRA: a trainable low-rank pair beside a frozen weight."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ class LoRA(Adapter):
         init: how the factor that is not zero is drawn: "kaiming" (uniform in ±1/√in), "gaussian" (standard deviation
             1/rank), "orthogonal" (orthonormal rows); or "pissa" (Meng et al. 2024): both factors from the principal
             singular vectors of W, and what trains is their change, so that W itself stays as it is.
-        param: the weight, or several, by dotted name on the host; default its own matrices (`weight`; the in-projections
-            of MultiheadAttention; all weights of an RNN).
+        param: the weight, or a list of them, by dotted name on the host; default its own matrices (`weight`; the
+            in-projections of MultiheadAttention; all weights of an RNN).
         dtype: of the factors; default W's own, or float32 beside a half-precision or quantised W.
 
     Raises:
@@ -62,6 +63,9 @@ class LoRA(Adapter):
         >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
         52
     """
+
+    initial_A: Tensor
+    initial_B: Tensor
 
     def __init__(
         self,
@@ -87,9 +91,10 @@ class LoRA(Adapter):
             require_shadow(host, param)
         if dropout and (self.term is None or self.form.looks_up):
             raise AdapterError(
-                f"dropout={dropout}: {type(host).__name__}.{param} has no input of its own to drop from. Use dropout=0 here."
+                f"dropout={dropout}: {type(host).__name__}.{param} has no input of its own to drop from. "
+                "Use dropout=0 here."
             )
-        factors: Any = dict(device=weight.device, dtype=trainable_dtype(dtype, weight))
+        factors: Any = {"device": weight.device, "dtype": trainable_dtype(dtype, weight)}
         shape_A, shape_B = self.form.shapes(shape, rank)
         self.lora_A = nn.Parameter(torch.empty(shape_A, **factors))
         self.lora_B = nn.Parameter(torch.empty(shape_B, **factors))
@@ -128,14 +133,9 @@ class LoRA(Adapter):
 
     @classmethod
     def split(cls, host: nn.Module, inner: str, config: dict[str, Any]) -> list[dict[str, Any]]:
-        param = config.get("param")
-        if param is None:
-            param = (
-                [f"{inner}.{name}" for name in matrices_of(host.get_submodule(inner))] if inner else matrices_of(host)
-            )
-        elif inner:
-            param = [f"{inner}.{name}" for name in ([param] if isinstance(param, str) else param)]
-        return [{**config, "param": name} for name in ([param] if isinstance(param, str) else param)]
+        param = config.get("param") or matrices_of(host.get_submodule(inner))
+        names = [param] if isinstance(param, str) else param
+        return [{**config, "param": f"{inner}.{name}".lstrip(".")} for name in names]
 
     def file_keys(self) -> dict[str, str]:
         prefix = "" if self.param == "weight" else f"{self.param}."
@@ -155,18 +155,18 @@ class LoRA(Adapter):
     def _low_rank(self, host: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = F.dropout(input, self.dropout, self.training) if self.dropout else input
         dtype = x.dtype if x.is_floating_point() else self.lora_A.dtype
-        term = self.term(host, self.lora_A.to(dtype), self.lora_B.to(dtype), x, *args, **kwargs)
-        if self.init != "pissa":
-            return term
-        return term - self.term(host, self.initial_A.to(dtype), self.initial_B.to(dtype), x, *args, **kwargs)
+        term: Any = self.term
+        return self._trained(lambda A, B: term(host, A.to(dtype), B.to(dtype), x, *args, **kwargs))
 
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
         """The host's weight plus s B A, the product taken in float32 or wider."""
         weight = weight_of(host, self.param)
-        delta = self._product(self.lora_A, self.lora_B)
-        if self.init == "pissa":
-            delta = delta - self._product(self.initial_A, self.initial_B)
-        return {self.param: weight + self.scale * self.form.weight(delta, weight.shape)}
+        return {self.param: weight + self.scale * self.form.weight(self._trained(self._product), weight.shape)}
+
+    def _trained(self, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What the pair gives, less what it gave at the start where it did not start at zero."""
+        now = of(self.lora_A, self.lora_B)
+        return now - of(self.initial_A, self.initial_B) if self.init == "pissa" else now
 
     def _product(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         wide = torch.promote_types(lora_A.dtype, torch.float32)
