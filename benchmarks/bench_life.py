@@ -1,0 +1,138 @@
+"""An adapter's life: inject, switch, merge, save and load on 882 linears, and import"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from models import PROJECTIONS, blocks, with_peft, with_peftlib
+from torch import nn
+
+import peftlib
+
+TESTS = "tests/test_laws.py tests/test_merge.py tests/test_choose.py tests/test_files.py"
+DEPTH = 126  # times seven projections: 882 linears
+
+
+def _two_adapters() -> tuple[nn.Module, Any]:
+    ours, theirs = with_peftlib(blocks(64, DEPTH), 8, 0.0), with_peft(blocks(64, DEPTH), 8, 0.0)
+    peftlib.inject(ours, PROJECTIONS, peftlib.LoRA, rank=8, name="other")
+    theirs.add_adapter("other", peft.LoraConfig(r=8, target_modules=PROJECTIONS))  # pyright: ignore
+    return ours, theirs
+
+
+def bench_inject(contest) -> None:
+    """Construction of the model is outside the clock: each run takes a fresh one from the pile."""
+    rounds = 7
+    piles = {name: [blocks(64, DEPTH) for _ in range(rounds + 8)] for name in ("peftlib", "HF peft")}
+    put_in = {"peftlib": with_peftlib, "HF peft": with_peft}
+    runs = {name: lambda name=name: put_in[name](piles[name].pop(), 8, 0.0) for name in piles}
+    contest("inject 882 linears", runs, tests=TESTS, rounds=rounds)
+
+
+def bench_switch(contest) -> None:
+    ours, theirs = _two_adapters()
+
+    def switch_ours() -> None:
+        peftlib.activate(ours, "other")
+        peftlib.activate(ours, "default")
+
+    def switch_theirs() -> None:
+        theirs.set_adapter("other")
+        theirs.set_adapter("default")
+
+    contest("switch twice, 882 linears", {"peftlib": switch_ours, "HF peft": switch_theirs}, tests=TESTS)
+
+
+def bench_merge(contest) -> None:
+    ours, theirs = with_peftlib(blocks(256, 16), 8, 0.0), with_peft(blocks(256, 16), 8, 0.0)
+
+    def merge_ours() -> None:
+        with peftlib.merged(ours):
+            pass
+
+    def merge_theirs() -> None:
+        theirs.merge_adapter()  # pyright: ignore
+        theirs.unmerge_adapter()  # pyright: ignore
+
+    note = "peftlib keeps a copy and restores every bit; HF peft subtracts"
+    contest(
+        "merge and unmerge, 112 linears d=256", {"peftlib": merge_ours, "HF peft": merge_theirs}, tests=TESTS, note=note
+    )
+
+
+def bench_save(contest) -> None:
+    ours, theirs = with_peftlib(blocks(256, 16), 8, 0.0), with_peft(blocks(256, 16), 8, 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {
+            "peftlib": lambda: peftlib.save(ours, Path(folder) / "ours.safetensors"),
+            "HF peft": lambda: theirs.save_pretrained(folder),  # pyright: ignore
+        }
+        note = "peftlib syncs to disk before it renames; HF peft does not"
+        contest("save 112 linears d=256", runs, tests=TESTS, note=note)
+
+
+def bench_load(contest) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ours.safetensors"
+        peftlib.save(with_peftlib(blocks(256, 16), 8, 0.0), path)
+        with_peft(blocks(256, 16), 8, 0.0).save_pretrained(folder)  # pyright: ignore
+        piles = {name: [blocks(256, 16) for _ in range(25)] for name in ("peftlib", "HF peft")}
+        runs = {
+            "peftlib": lambda: peftlib.load(piles["peftlib"].pop(), path),
+            "HF peft": lambda: peft.PeftModel.from_pretrained(piles["HF peft"].pop(), folder),  # pyright: ignore
+        }
+        contest("load 112 linears d=256", runs, tests=TESTS, rounds=7)
+
+
+def bench_drift(record) -> None:
+    """100 merges and unmerges of a moving adapter into bfloat16, as relative change of the base weight."""
+    record("base drift after 100 merges, bf16", {"peftlib": _drift_ours(), "HF peft": _drift_peft()}, unit="% of ‖W‖")
+
+
+def _drift_ours() -> float:
+    model: Any = with_peftlib(blocks(64, 1).bfloat16(), 8, 0.0)
+    weight = model[0].q.weight
+    before = weight.clone()
+    for _ in range(100):
+        for parameter in peftlib.parameters(model):
+            nn.init.normal_(parameter, std=0.1)
+        peftlib.merge(model)
+        peftlib.unmerge(model)
+    return _change(before, weight)
+
+
+def _drift_peft() -> float:
+    model: Any = with_peft(blocks(64, 1).bfloat16(), 8, 0.0)
+    weight = model.base_model.model[0].q.base_layer.weight
+    before = weight.detach().clone()
+    for _ in range(100):
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            nn.init.normal_(parameter, std=0.1)
+        model.merge_adapter()
+        model.unmerge_adapter()
+    return _change(before, weight)
+
+
+def _change(before: torch.Tensor, after: torch.Tensor) -> float:
+    return 100 * ((after.float() - before.float()).norm() / before.float().norm()).item()
+
+
+def bench_import(record) -> None:
+    """Seconds beyond `import torch`, the best of five fresh processes each."""
+    seconds = {name: min(_import_seconds(module) for _ in range(5)) for name, module in _IMPORTS.items()}
+    record("import, beyond torch", seconds, unit="s")
+
+
+_IMPORTS = {"peftlib": "peftlib", "HF peft": "peft", "LyCORIS": "lycoris", "loralib": "loralib"}
+
+
+def _import_seconds(module: str) -> float:
+    code = f"import time, torch; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+    shown = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    return float(shown.split()[-1])
