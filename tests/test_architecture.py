@@ -1,0 +1,180 @@
+"""The order of the layers, and who may do what: read from the sources, so that a wrong arrow fails the suite."""
+
+import ast
+import fnmatch
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from test_examples import public_objects
+
+ROOT = Path(__file__).parent.parent
+
+# A line may import from the lines above it. Files on one line do not know each other.
+LAYERS = [
+    "kernels.reference kernels.philox kernels.dropout kernels.segments",
+    "kernels.aten kernels.tiles kernels.twins",
+    "kernels.triton_interpret kernels.triton_mask kernels.triton_planes",
+    "kernels.triton_expand kernels.triton_grouped kernels.triton_shrink",
+    "kernels.triton_backward_x kernels.triton_backward_y kernels.triton_launch",
+    "kernels.triton_launchers",
+    "kernels.triton_check",
+    "kernels.triton_ops",
+    "kernels.triton_steps",
+    "kernels.steps",
+    "kernels.lora_autograd",
+    "kernels.lora kernels.embedding",
+    "kernels.gpu_check",
+    "kernels",
+    "_errors _table",
+    "_select _adapter _readers _file",
+    "_host",
+    "_walk _forms",
+    "_choose _fold _place",
+    "lora full",
+    "_merge",
+    "_model _fingerprint _verify _report",
+    "_io",
+    "__init__",
+]
+RUN_TIME_DEPENDENCIES = {"torch", "safetensors", "numpy", "einops", "triton"}
+
+SOURCES = {
+    **{f"kernels.{p.stem}".removesuffix(".__init__"): p for p in (ROOT / "kernels").glob("*.py")},
+    **{p.stem: p for p in (ROOT / "peftlib").glob("*.py")},
+}
+TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in SOURCES.items()}
+every_source = pytest.mark.parametrize("name", sorted(SOURCES))
+
+
+def run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING:`, which no process ever imports."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
+            continue
+        yield node
+        yield from run_time_nodes(node)
+
+
+def absolute(name: str, node: ast.ImportFrom) -> str:
+    """`from ._host import x` in `_model` -> `peftlib._host`."""
+    package = ["peftlib", "kernels"] if name.startswith("kernels") else ["peftlib"]
+    base = package[: len(package) - node.level + 1] if node.level else []
+    return ".".join([*base, *filter(None, [node.module])])
+
+
+def imports(name: str) -> set[str]:
+    """Absolute names of all that a source imports; `from package import module` counts as the module."""
+    found = set()
+    for node in run_time_nodes(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            origin = absolute(name, node)
+            for alias in node.names:
+                member = f"{origin}.{alias.name}"
+                found.add(member if member.removeprefix("peftlib.") in SOURCES else origin)
+    return found
+
+
+def own_imports(name: str) -> set[str]:
+    """The same, without other projects, and named as in LAYERS."""
+    own = {each for each in imports(name) if each.split(".")[0] == "peftlib"}
+    return {"__init__" if each == "peftlib" else each.removeprefix("peftlib.") for each in own}
+
+
+def layer(name: str) -> int:
+    found = [i for i, line in enumerate(LAYERS) if any(fnmatch.fnmatch(name, each) for each in line.split())]
+    assert len(found) == 1, f"{name} stands on {len(found)} lines of LAYERS; give it one"
+    return found[0]
+
+
+def class_writers() -> set[str]:
+    """Sources that assign `x.__class__`, or set it by name."""
+    found = set()
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            assigns = isinstance(node, ast.Attribute) and node.attr == "__class__" and isinstance(node.ctx, ast.Store)
+            calls = isinstance(node, ast.Call) and "setattr" in ast.unparse(node.func)
+            if assigns or (calls and any(ast.unparse(each) == "'__class__'" for each in node.args)):
+                found.add(name)
+    return found
+
+
+@every_source
+def test_imports_go_down(name):
+    for other in own_imports(name):
+        assert layer(other) < layer(name), f"{name} imports {other}"
+
+
+def test_the_table_of_layers_names_what_exists():
+    for pattern in " ".join(LAYERS).split():
+        assert fnmatch.filter(SOURCES, pattern), f"LAYERS names {pattern}, and no file is called that"
+
+
+def test_a_wrong_arrow_would_be_seen(monkeypatch):
+    monkeypatch.setitem(TREES, "_errors", ast.parse("def late():\n from ._model import f\n import triton.language"))
+    assert own_imports("_errors") == {"_model"}
+    assert "triton.language" in imports("_errors")
+
+
+@every_source
+def test_kernels_know_nothing_of_the_rest(name):
+    if name.startswith("kernels"):
+        assert all(other.startswith("kernels") for other in own_imports(name))
+
+
+def test_only_the_host_writes_a_class():
+    assert class_writers() == {"_host"}
+
+
+@every_source
+def test_run_time_dependencies_are_the_five(name):
+    roots = {each.split(".")[0] for each in imports(name)}
+    assert roots <= RUN_TIME_DEPENDENCIES | set(sys.stdlib_module_names) | {"peftlib"}
+
+
+@every_source
+@pytest.mark.parametrize(("dependency", "owners"), [("triton", "kernels.triton_*"), ("safetensors", "_file")])
+def test_a_dependency_has_its_owners(name, dependency, owners):
+    if any(each.split(".")[0] == dependency for each in imports(name)):
+        assert fnmatch.fnmatch(name, owners), f"{name} imports {dependency}, which is for {owners}"
+
+
+@every_source
+def test_a_file_says_its_one_idea_on_its_first_line(name):
+    first = (ast.get_docstring(TREES[name]) or "").partition("\n")[0]
+    assert first.endswith("."), f"{SOURCES[name].name} begins with {first!r}, not with a sentence"
+    assert len(first) <= 120
+
+
+@pytest.mark.parametrize("name", public_objects())
+def test_a_public_name_has_a_docstring_with_an_example(name):
+    thing = public_objects()[name]
+    doc = vars(thing).get("__doc__") if isinstance(thing, type) else thing.__doc__
+    assert doc, f"{name} has no docstring"
+    assert ">>>" in doc or isinstance(thing, ModuleType), f"{name} has no example"
+
+
+def fresh(code: str) -> str:
+    """What the code prints in a process of its own."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
+
+
+def test_importing_peftlib_imports_nothing_heavy():
+    # Against torch alone, because torch itself may bring some of these.
+    probe = "import sys; import {}; print(*{{each.split('.')[0] for each in sys.modules}})"
+    added = set(fresh(probe.format("peftlib")).split()) - set(fresh(probe.format("torch")).split())
+    assert not added & {"triton", "transformers", "numpy", "scipy", "pandas", "matplotlib", "peft"}
+
+
+def test_importing_peftlib_costs_at_most_a_tenth_of_a_second():
+    probe = "import time, torch; t = time.perf_counter(); import peftlib; print(time.perf_counter() - t)"
+    # The least of up to seven: whatever else the machine does only ever adds.
+    assert any(float(fresh(probe)) <= 0.1 for _ in range(7))
