@@ -1,0 +1,110 @@
+"""The Triton kernels compile for devices that are not here, and fit: registers, shared memory, wide loads.
+
+Each op is launched on the meta device by the same code that launches it on a GPU, so the kernel, its tile and its
+specialisation are the real ones.
+"""
+
+import importlib.util
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("there is no Triton here", allow_module_level=True)
+
+from triton_tools.aot import SHARED_LIMIT, TARGETS, Compiled, compile_for, compile_launches
+
+from peftlib.kernels import tiles
+from peftlib.kernels.triton_shrink import shrink_kernel
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+M, K, N = 8192, 4096, 4096
+
+
+def arguments(op: str, rank: int, p: float, dtype=BF16, rows: int = M) -> tuple:
+    def meta(*shape: int, dtype=dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    A, B, thin = meta(rank, K), meta(N, rank), meta(rows, rank)
+    seed = meta(1, dtype=torch.int64) if p else None
+    table = meta(rows // 64, 3, dtype=torch.int32)
+    return {
+        "shrink": (meta(rows, K), A, 0.5, p, seed),
+        "backward_x": (meta(rows, K), thin, A, p, seed),
+        "backward_x_only": (thin, A, p, seed),
+        "backward_y": (meta(rows, N), B, thin, 0.5),
+        "expand": (meta(rows, N), thin, B, 0.5, meta(N)),
+        "grouped_shrink": (meta(rows, K), meta(4, rank, K), meta(4, dtype=FP32), table, 64),
+        "grouped_expand": (meta(rows, N), thin, meta(4, N, rank), table, 64),
+    }[op]
+
+
+CASES = (
+    ("shrink", 0.0), ("shrink", 0.1), ("backward_x", 0.1), ("backward_x_only", 0.1), ("backward_y", 0.0),
+    ("expand", 0.0), ("grouped_shrink", 0.0), ("grouped_expand", 0.0),
+)  # fmt: skip
+
+
+def assert_fits(target: str, name: str, kernel: Compiled, rank: int = 16) -> None:
+    print(f"{target:7} {name:15} {kernel}")
+    assert kernel.spilled == 0, "registers spilled"
+    assert kernel.shared <= SHARED_LIMIT[target], "more shared memory than the device has"
+    assert kernel.atomics == 0, "sums would come in any order"
+    if rank % 8 == 0:  # else the rows of a thin operand do not begin at 16 bytes
+        assert kernel.narrow_loads == (name == "expand" and target != "gfx942"), "two-byte loads, beside a tile's bias"
+    if name != "sum_planes":
+        assert kernel.matrix > 0, "no matrix instruction"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("op", "p"), CASES, ids=str)
+def test_kernels_fit_at_rank_16(op, p, target):
+    for name, kernel in compile_launches(op, target, *arguments(op, 16, p)).items():
+        assert_fits(target, name, kernel)
+
+
+@pytest.mark.parametrize("rank", [8, 32, 64])
+@pytest.mark.parametrize(("op", "p"), CASES, ids=str)
+def test_loads_are_16_bytes_wide_at_other_ranks(op, p, rank):
+    if op == "backward_y" and not tiles.backward_y_pays(rank):
+        pytest.skip("two GEMMs move fewer bytes")
+    for name, kernel in compile_launches(op, "sm_90", *arguments(op, rank, p)).items():
+        assert_fits("sm_90", name, kernel)
+        # All but those of a tile's thin operand (1 KiB over 128 threads: 8 bytes each), of the seed and of a table.
+        assert kernel.wide_loads >= max(1, kernel.loads - 5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_float16_fits(target):
+    for op, p in (("shrink", 0.1), ("backward_x", 0.1), ("backward_y", 0.0)):
+        for name, kernel in compile_launches(op, target, *arguments(op, 16, p, FP16)).items():
+            assert_fits(target, name, kernel)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_float32_fits_in_shared_memory(target):
+    # without tensor cores for float32 ("ieee"), the products are plain arithmetic and some registers spill
+    for op in ("shrink", "backward_x", "backward_y"):
+        for kernel in compile_launches(op, target, *arguments(op, 16, 0.0, FP32)).values():
+            assert kernel.shared <= SHARED_LIMIT[target]
+
+
+def test_narrow_loads_would_be_seen():
+    """The check for wide loads is one that can fail: rows 4097 elements apart are loaded two bytes at a time."""
+    x, A, out = (torch.empty(0, dtype=BF16, device="meta") for _ in range(3))
+    tile = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}
+    constants = {"RANK": 16, "RANK_BLOCK": 16, "DROPOUT": False, **tile}
+    odd = compile_for(shrink_kernel, "sm_90", (x, A, out, x, 8192, 4096, 4097, 4097, 0.5, 0), constants)
+    assert odd.narrow_loads > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [1, 8, 16, 32, 64])
+@pytest.mark.parametrize("rows", [8, M])
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_fit_at_every_rank_and_size(target, rows, rank):
+    for op, p in CASES:
+        if op == "backward_y" and not tiles.backward_y_pays(rank):
+            continue
+        for name, kernel in compile_launches(op, target, *arguments(op, rank, p, rows=rows)).items():
+            assert_fits(target, name, kernel, rank)

@@ -1,0 +1,688 @@
+"""The Triton kernels: right at odd shapes, in bounds, without races, with few bytes, and as PyTorch operators.
+
+Without a GPU they run in the interpreter; `python -m peftlib.kernels.gpu_check` runs this file compiled.
+"""
+
+import importlib.util
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("there is no Triton here", allow_module_level=True)
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms refuse cuBLAS without it
+
+from triton_tools.mutants import mutant
+from triton_tools.traffic import counted
+
+from peftlib.kernels import (
+    gpu_check,
+    lora_linear,
+    philox,
+    segments,
+    tiles,
+    triton_backward_x,
+    triton_backward_y,
+    triton_check,
+    triton_expand,
+    triton_launchers,
+    triton_mask,
+    triton_ops,
+    triton_planes,
+    triton_shrink,
+    twins,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_CPU = pytest.mark.skipif(DEVICE != "cpu", reason="looks into the interpreter")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OPS = ("shrink", "backward_x", "backward_x_only", "backward_y", "expand")
+# M, K, N, rank, p: under one tile, over several, nothing a power of two, a rank of 1, one that must be padded
+SHAPES = (
+    (1, 64, 48, 4, 0.0),
+    (5, 300, 130, 3, 0.5),
+    (70, 520, 260, 8, 0.1),
+    (33, 257, 129, 40, 0.0),
+    (130, 96, 300, 1, 0.9),
+)
+
+
+@pytest.fixture(autouse=True)
+def kernels_run(monkeypatch):
+    """On the CPU in the interpreter; outputs start as NaN, so that what is not written is seen."""
+    monkeypatch.setenv("PEFTLIB_KERNELS", "1" if DEVICE == "cuda" else "interpret")
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def arguments(op: str, M: int, K: int, N: int, rank: int, p: float, dtype=torch.float32, factor_dtype=None) -> tuple:
+    def normal(*shape: int, dtype=dtype) -> Tensor:
+        return torch.randn(shape).to(DEVICE, dtype)
+
+    factor_dtype = factor_dtype or dtype
+    seed = torch.tensor([0x123456789ABCDEF], device=DEVICE) if p else None
+    A, B, thin = normal(rank, K, dtype=factor_dtype), normal(N, rank, dtype=factor_dtype), normal(M, rank)
+    return {
+        "shrink": lambda: (normal(M, K), A, 0.5, p, seed),
+        "backward_x": lambda: (normal(M, K), thin, A, p, seed),
+        "backward_x_only": lambda: (thin, A, p, seed),
+        "backward_y": lambda: (normal(M, N), B, thin, 0.5),
+        "expand": lambda: (normal(M, N), thin, B, 0.5, normal(N)),
+    }[op]()
+
+
+def expected(op: str, *args) -> list[tuple[Tensor, Tensor, int]]:
+    """Each output in float64 from the very inputs, the sum of its terms' sizes, and how many terms there are."""
+    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+    def product(a: Tensor, b: Tensor, factor: float, *extra: Tensor):
+        size = a.abs() @ b.abs() * abs(factor) + sum(map(abs, extra))
+        return a @ b * factor + sum(extra), size, a.shape[1] + 2
+
+    def factor_of(i: int) -> Tensor:  # kernels compute in the dtype of x
+        return args[i].to(args[0].dtype).double()
+
+    if op == "shrink":
+        x, _, scale, p, seed = wide
+        keep = mask(x, p, seed)
+        return [product(x * keep, factor_of(1).t(), scale * philox.kept_scale(p))]
+    if op == "backward_x":
+        x, g, _, p, seed = wide
+        keep = mask(x, p, seed)
+        dX, size, terms = product(g, factor_of(2), philox.kept_scale(p))
+        return [(dX * keep, size * keep, terms), product(g.t(), x * keep, philox.kept_scale(p))]
+    if op == "backward_x_only":
+        g, _, p, seed = wide
+        dX, size, terms = product(g, factor_of(1), philox.kept_scale(p))
+        keep = mask(dX, p, seed)
+        return [(dX * keep, size * keep, terms)]
+    if op == "backward_y":
+        dY, _, h, scale = wide
+        return [product(dY, factor_of(1), scale), product(dY.t(), h, 1.0)]
+    y, h, _, scale, bias = wide
+    return [product(h, factor_of(2).t(), scale, y, *(() if bias is None else (bias,)))]
+
+
+def mask(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    keep = philox.keep_mask_numpy(*x.shape, p, int(seed)) if p else np.ones(x.shape)
+    return torch.from_numpy(keep).to(x)
+
+
+def assert_right(op: str, got: tuple[Tensor, ...] | Tensor, args: tuple) -> None:
+    """Every element within the error that its own sum must have: float32 gives each term and each addition a relative
+    2^-24, so n terms at most n · 2^-24 of the sum of their sizes, and the result is rounded once to its dtype."""
+    got = got if isinstance(got, tuple) else (got,)
+    for output, (exact, size, terms) in zip(got, expected(op, *args), strict=True):
+        bound = torch.finfo(output.dtype).eps / 2 * exact.abs() + terms * 2.0**-24 * size
+        bound += torch.finfo(output.dtype).tiny  # float16 underflows gradually
+        error = (output.double() - exact).abs()
+        assert bool((error <= bound).all()), f"{op}: off by {(error / bound).nan_to_num(math.inf).max():.1f} bounds"
+
+
+def run(op: str, args: tuple):
+    return getattr(triton_launchers, op)(*args)
+
+
+# ------------------------------------------------------------------ the mask
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # the known answers that come with Random123
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_gives_the_published_words(counter, key, words):
+    for array in (lambda value: np.array([value], dtype=np.int64), lambda value: torch.tensor([value])):
+        got = philox.philox_rounds(tuple(map(array, counter)), key)
+        assert tuple(int(word[0]) for word in got) == words
+
+
+@pytest.mark.parametrize(("rows", "columns", "p"), [(3, 256, 0.5), (40, 700, 0.1), (2, 33, 0.9), (1, 1, 0.3)])
+def test_the_mask_is_the_same_in_numpy_torch_and_triton(rows, columns, p):
+    seed = torch.tensor([0x7FEDCBA987654321], device=DEVICE)
+    ones = torch.ones(rows, 1, device=DEVICE), torch.ones(1, columns, device=DEVICE)
+    dX = triton_launchers.backward_x_only(*ones, p, seed)
+    keep = philox.keep_mask_numpy(rows, columns, p, int(seed))
+    np.testing.assert_array_equal(philox.keep_mask(rows, columns, p, seed).cpu().numpy(), keep)
+    np.testing.assert_array_equal(dX.cpu().numpy(), keep * np.float32(philox.kept_scale(p)))
+
+
+def test_the_mask_keeps_what_it_promises():
+    for p in (0.05, 0.5, 0.9):
+        keep = philox.keep_mask_numpy(512, 1024, p, seed=7)
+        sigma = math.sqrt(p * (1 - p) / keep.size)
+        assert abs(keep.mean() - (1 - p)) < 4 * sigma + 2**-17
+        lanes = keep.reshape(512, 4, 8, 32).mean(axis=(0, 1, 3))
+        assert np.abs(lanes - (1 - p)).max() < 4 * sigma * math.sqrt(8) + 2**-17
+        neighbours = (keep[:, 1:] & keep[:, :-1]).mean()
+        assert abs(neighbours - (1 - p) ** 2) < 6 * sigma
+
+
+def test_another_seed_or_row_gives_another_mask():
+    keep = philox.keep_mask_numpy(2, 4096, 0.5, seed=1)
+    assert 0.4 < (keep[0] == keep[1]).mean() < 0.6
+    for other in (2, 1 + 2**32):  # the upper half of the seed counts too
+        assert 0.4 < (keep == philox.keep_mask_numpy(2, 4096, 0.5, other)).mean() < 0.6
+
+
+def test_counters_go_on_past_32_bits():
+    low, high = (philox.philox(np.array([value]), 0)[0] for value in (5, 5 + 2**32))
+    assert low != high
+
+
+def test_dropout_of_everything_gives_zeros():
+    args = arguments("shrink", 20, 64, 0, 4, 0.5)
+    assert not run("shrink", (*args[:3], 1.0, args[4])).any()
+    assert philox.kept_scale(1.0) == 0.0
+
+
+def test_a_probability_outside_0_and_1_is_refused():
+    with pytest.raises(ValueError, match=r"between 0 and 1, not 1\.5"):
+        philox.threshold(1.5)
+
+
+def test_seeds_come_from_torchs_generator():
+    first = philox.new_seed(torch.device(DEVICE))
+    torch.manual_seed(0)
+    again = philox.new_seed(torch.device(DEVICE))
+    assert torch.equal(first, again)
+    assert not torch.equal(again, philox.new_seed(torch.device(DEVICE)))
+
+
+# ------------------------------------------------------------------ each op against float64 and its twin
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_ops_and_their_twins_equal_float64(op, shape, dtype):
+    args = arguments(op, *shape, dtype=dtype)
+    assert_right(op, run(op, args), args)
+    assert_right(op, getattr(twins, op)(*args), args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_factors_in_float32_get_gradients_in_float32(op):
+    args = arguments(op, 40, 300, 200, 8, 0.1, dtype=torch.bfloat16, factor_dtype=torch.float32)
+    got = run(op, args)
+    assert_right(op, got, args)
+    outputs = got if isinstance(got, tuple) else (got,)
+    assert [output.dtype for output in outputs] == {
+        "backward_x": [torch.bfloat16, torch.float32],
+        "backward_y": [torch.bfloat16, torch.float32],
+    }.get(op, [torch.bfloat16])
+
+
+@pytest.mark.parametrize("view", ["rows apart", "columns apart", "one row"])
+@pytest.mark.parametrize("op", OPS)
+def test_ops_take_any_strides(op, view):
+    def viewed(tensor: Tensor) -> Tensor:
+        if view == "rows apart":
+            return torch.cat([tensor, tensor * math.nan], dim=1)[:, : tensor.shape[1]]
+        if view == "columns apart":
+            return tensor.t().contiguous().t()
+        return tensor[:1].expand_as(tensor)
+
+    args = arguments(op, 21, 70, 50, 5, 0.25)
+    args = tuple(viewed(a) if isinstance(a, Tensor) and a.dim() == 2 else a for a in args)
+    assert_right(op, run(op, args), args)
+
+
+def test_expand_in_place_writes_into_y_and_tells_autograd():
+    y, h, B, scale, bias = arguments("expand", 21, 0, 50, 5, 0.0)
+    exact, version, address = triton_ops.expand(y, h, B, scale, bias), y._version, y.data_ptr()
+    triton_ops.expand_(y, h, B, scale, bias)
+    assert torch.equal(y, exact)
+    assert (y._version > version, y.data_ptr()) == (True, address)
+    apart = y.t().contiguous().t()
+    triton_ops.expand_(apart, h, B, scale, bias)
+    assert torch.equal(apart, triton_ops.expand(y, h, B, scale, bias))
+
+
+@pytest.mark.parametrize("op", ["shrink", "backward_x", "backward_y"])
+def test_sums_over_planes_repeat_to_the_bit(op):
+    args = arguments(op, 16, 1100, 600, 4, 0.0)
+    first, again = run(op, args), run(op, args)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [2, 8, 16, 31, 64])
+@pytest.mark.parametrize("op", OPS)
+def test_ops_equal_float64_at_many_shapes(op, rank, dtype):
+    for M in (15, 16, 17, 64, 65, 200):
+        for width in (16, 255, 256, 513):
+            for p in (0.0, 0.3):
+                args = arguments(op, M, width, width, rank, p, dtype=dtype)
+                assert_right(op, run(op, args), args)
+
+
+# ------------------------------------------------------------------ batches of several adapters
+
+ADAPTER_OF_ROW = [0] * 20 + [2] * 3 + [-1] * 5 + [1] + [0] * 30 + [-1]
+
+
+def grouped_arguments(dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    M = len(ADAPTER_OF_ROW)
+    x, y = torch.randn(M, 130).to(DEVICE, dtype), torch.randn(M, 150).to(DEVICE, dtype)
+    A, B = torch.randn(3, 5, 130).to(DEVICE, dtype), torch.randn(3, 150, 5).to(DEVICE, dtype)
+    table = segments.block_table(torch.tensor(ADAPTER_OF_ROW, device=DEVICE), 16)
+    return x, y, A, B, torch.tensor([0.5, 2.0, -1.0], device=DEVICE), table
+
+
+def test_blocks_never_hold_two_adapters_and_cover_every_row():
+    table = segments.block_table(torch.tensor(ADAPTER_OF_ROW), 16).tolist()
+    assert table[:4] == [[0, 0, 16], [0, 16, 20], [2, 20, 23], [-1, 23, 28]]
+    assert table[4:] == [[1, 28, 29], [0, 29, 45], [0, 45, 59], [-1, 59, 60]]
+    assert segments.block_table(torch.tensor([], dtype=torch.int64), 16).shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grouped_ops_equal_each_adapter_by_itself(dtype):
+    x, y, A, B, scales, table = grouped_arguments(dtype)
+    h = triton_ops.grouped_shrink(x, A, scales, table, 16)
+    out = triton_ops.grouped_expand(y, h, B, table, 16)
+    for row, adapter in enumerate(ADAPTER_OF_ROW):
+        if adapter < 0:
+            assert not h[row].any()
+            assert torch.equal(out[row], y[row])
+        else:
+            assert_right("shrink", h[row : row + 1], (x[row : row + 1], A[adapter], scales[adapter].item(), 0.0, None))
+            assert_right("expand", out[row : row + 1], (y[row : row + 1], h[row : row + 1], B[adapter], 1.0, None))
+
+
+def test_grouped_twins_equal_the_kernels():
+    x, y, A, B, scales, table = grouped_arguments(torch.float32)
+    h = triton_launchers.grouped_shrink(x, A, scales, table, 16)
+    torch.testing.assert_close(h, twins.grouped_shrink(x, A, scales, table, 16))
+    torch.testing.assert_close(
+        triton_launchers.grouped_expand(y, h, B, table, 16), twins.grouped_expand(y, h, B, table, 16)
+    )
+
+
+# ------------------------------------------------------------------ strays, races, bytes
+
+
+@ON_CPU
+@pytest.mark.parametrize("shape", [(21, 300, 130, 5, 0.1), (70, 256, 300, 16, 0.0)], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_no_program_strays_or_races(op, shape):
+    args = arguments(op, *shape)
+    with counted():
+        run(op, args)
+
+
+@ON_CPU
+def test_no_grouped_program_strays_or_races():
+    x, y, A, B, scales, table = grouped_arguments(torch.float32)
+    with counted():
+        triton_launchers.grouped_expand(y, triton_launchers.grouped_shrink(x, A, scales, table, 16), B, table, 16)
+
+
+def _moved(op: str, M: int, K: int, N: int, rank: int) -> int:
+    """Bytes to and from memory in bfloat16 on an H100: x, dY, y and planes as often as they pass, the thin factors
+    once, for they stay in the cache (0.3 MB at rank 16 of 50)."""
+    thin = 2 * M * rank
+
+    def planes(count: int, elements: int) -> int:  # written, read and added to a result; or the result alone
+        return 2 * elements if count == 1 else (8 * count + 2) * elements
+
+    if op == "shrink":
+        tile = tiles.shrink(M, K, rank, False, (9, 0))
+        return 2 * M * K + 2 * rank * K + planes(tile.splits, M * rank)
+    if op == "backward_x":
+        tile = tiles.backward_x(M, K, rank, False, (9, 0))
+        return 4 * M * K + 2 * rank * K + thin + planes(tile.splits, rank * K)
+    if op == "backward_y":
+        tile = tiles.backward_y(M, N, rank, (9, 0))
+        return 2 * M * N + 2 * rank * N + thin + planes(-(-N // tile.columns), M * rank) + planes(tile.splits, rank * N)
+    return 4 * M * N + 2 * rank * N + thin
+
+
+@ON_CPU
+@pytest.mark.parametrize("shape", [(96, 1024, 1024, 16), (128, 4096, 1024, 16), (40, 520, 264, 8)], ids=str)
+@pytest.mark.parametrize("op", ["shrink", "backward_x", "backward_y", "expand"])
+def test_the_bytes_moved_are_those_of_the_formula(op, shape):
+    M, K, N, rank = shape
+    args = arguments(op, M, K, N, rank, 0.0, dtype=torch.bfloat16)
+    args = (*args[:4], None) if op == "expand" else args
+    with counted() as traffic:
+        run(op, args)
+    wide = [a for a in args[:1] if op != "expand"] + list(args[:1] if op == "expand" else [])
+    for tensor in wide:
+        assert traffic.of(tensor).loaded == traffic.of(tensor).distinct == 2 * tensor.numel(), "read more than once"
+    small = {a.data_ptr() for a in args[1:] if isinstance(a, Tensor)}
+    read = sum(r.distinct if r.start in small else r.loaded for r in traffic.regions.values())
+    assert read + traffic.stored == _moved(op, M, K, N, rank)
+
+
+LLAMA_3_8B = ((4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336), (4096, 14336), (14336, 4096))
+
+
+def test_a_layer_of_llama_moves_the_bytes_that_were_planned():
+    """3·X + 2.3·Y: shrink X, backward_x 2·X, y written 1·Y, backward_y 1.3·Y; rank 16, M = 8192, dropout or not."""
+    M, rank = 8192, 16
+    planned = sum(2 * M * (3 * K + 2.3 * N) for K, N in LLAMA_3_8B)
+    ours = sum(
+        2 * M * N + sum(_moved(op, M, K, N, rank) for op in ("shrink", "backward_x", "backward_y"))
+        for K, N in LLAMA_3_8B
+    )
+    assert ours < 1.05 * planned
+
+
+def test_the_second_read_of_dY_is_saved_where_it_pays():
+    for rank in (4, 8, 16, 32):
+        assert tiles.backward_y_pays(rank)
+        two_reads = 2 * (2 * 8192 * 4096 + 2 * rank * (8192 + 4096))
+        assert _moved("backward_y", 8192, 4096, 4096, rank) < two_reads
+    assert not tiles.backward_y_pays(64)
+
+
+# ------------------------------------------------------------------ a wrong kernel is found
+
+MUTATIONS = [
+    (triton_shrink, "total * scale", "total", "shrink"),
+    (triton_shrink, "threshold).to(tile.dtype)", "threshold).to(tile.dtype) * 0", "shrink"),
+    (triton_shrink, "first = tl.program_id(1) * share", "first = tl.program_id(1) * share + 1", "shrink"),
+    (triton_mask, "tl.join(low, high)", "tl.join(high, low)", "shrink"),
+    (triton_mask, "(0, 4, 3, 2, 1)", "(0, 3, 4, 2, 1)", "backward_x"),
+    (triton_mask, ">= threshold\n    high", "> threshold + 99\n    high", "shrink"),
+    (triton_backward_x, "* kept_scale).to(factor", ").to(factor", "backward_x"),
+    (triton_backward_x, "(total * kept_scale)", "total", "backward_x"),
+    (triton_backward_x, "tl.join(tile, spread)", "tl.join(spread, tile)", "backward_x"),
+    (triton_backward_x, "tl.zeros((RANK_BLOCK, 256), ", "tl.full((RANK_BLOCK, 256), 1.0, ", "backward_x"),
+    (triton_backward_y, '"ieee") * scale', '"ieee")', "backward_y"),
+    (triton_backward_y, "total.to(dB", "(total * 0).to(dB", "backward_y"),
+    (triton_planes, "range(count)", "range(1, count)", "backward_y"),
+    (triton_expand, '"ieee") * scale', '"ieee")', "expand"),
+    (triton_expand, "total += tl.load(bias", "total -= tl.load(bias", "expand"),
+]  # fmt: skip
+
+
+def install(monkeypatch, changed, module) -> None:
+    for name in ("keep_super_block", *(n for n in vars(module) if n.endswith("_kernel"))):
+        if hasattr(changed, name):
+            for owner in (triton_launchers, triton_shrink, triton_backward_x):
+                if hasattr(owner, name):
+                    monkeypatch.setattr(owner, name, getattr(changed, name))
+
+
+@ON_CPU
+@pytest.mark.parametrize(("module", "old", "new", "op"), MUTATIONS, ids=lambda value: getattr(value, "__name__", None))
+def test_a_mutated_kernel_fails(module, old, new, op, monkeypatch, tmp_path):
+    args = arguments(op, 40, 520, 300, 8, 0.3)
+    assert_right(op, run(op, args), args)
+    install(monkeypatch, mutant(module, old, new, tmp_path), module)
+    with pytest.raises(AssertionError, match="off by"):
+        assert_right(op, run(op, args), args)
+
+
+@ON_CPU
+@pytest.mark.parametrize(
+    ("module", "old", "new", "op", "found"),
+    [
+        (triton_shrink, "(rows < M)[:, None] & (ranks", "(rows >= 0)[:, None] & (ranks", "shrink", "race|stray"),
+        (triton_expand, "mask=columns < N, other", "mask=columns < N + 1, other", "expand", "stray"),
+        (triton_backward_y, "dB + tl.program_id(1)", "dB + 0 * tl.program_id(1)", "backward_y", "race"),
+    ],
+)
+def test_a_stray_and_a_race_are_found(module, old, new, op, found, monkeypatch, tmp_path):
+    args = arguments(op, 40, 520, 300, 8, 0.0)
+    install(monkeypatch, mutant(module, old, new, tmp_path), module)
+    with counted(), pytest.raises(Exception, match=found):
+        run(op, args)
+
+
+def test_a_wrong_kernel_is_replaced_by_pytorch_with_a_warning(monkeypatch, tmp_path):
+    monkeypatch.setattr(triton_check, "_trusted", {})
+    install(monkeypatch, mutant(triton_shrink, "total * scale", "total", tmp_path), triton_shrink)
+    args = arguments("shrink", 20, 300, 0, 4, 0.1)
+    with pytest.warns(UserWarning, match=r"kernel shrink for torch.float32 at rank 4 on .* differs from PyTorch"):
+        first = triton_ops.shrink(*args)
+    assert torch.equal(first, twins.shrink(*args))
+    assert torch.equal(triton_ops.shrink(*args), first)  # and the user is told once
+
+
+def test_a_kernel_that_does_not_compile_is_replaced_by_pytorch(monkeypatch):
+    monkeypatch.setattr(triton_check, "_trusted", {})
+    monkeypatch.setattr(triton_launchers, "launch", lambda *a, **k: 1 / 0)
+    args = arguments("expand", 20, 0, 30, 4, 0.0)
+    with pytest.warns(UserWarning, match="failed: division by zero; PyTorch is used"):
+        assert torch.equal(triton_ops.expand(*args), twins.expand(*args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["shrink", "backward_x", "backward_y", "expand", "grouped_shrink", "grouped_expand"])
+def test_right_kernels_are_trusted(op, dtype, monkeypatch):
+    monkeypatch.setattr(triton_check, "_trusted", {})
+    state = torch.get_rng_state()
+    for rows in (3, 100):
+        like, factor = torch.zeros(rows, 64, device=DEVICE, dtype=dtype), torch.zeros(8, 8, device=DEVICE)
+        assert triton_check.is_trusted(op, like, factor, dropout=True)
+    assert torch.equal(state, torch.get_rng_state()), "the check drew from the user's generator"
+
+
+# ------------------------------------------------------------------ as operators
+
+
+def op_arguments(op: str) -> tuple:
+    if op.startswith("grouped"):
+        x, y, A, B, scales, table = grouped_arguments(torch.float32)
+        return (x, A, scales, table, 16) if op == "grouped_shrink" else (y, torch.randn(len(x), 5).to(x), B, table, 16)
+    return arguments("expand" if op == "expand_" else op, 6, 40, 24, 4, 0.25)
+
+
+def with_gradients(args) -> tuple:
+    return tuple(a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+@pytest.mark.parametrize("op", [*OPS, "expand_", "grouped_shrink", "grouped_expand"])
+def test_opcheck(op):
+    args = op_arguments(op)
+    if op in ("shrink", "expand"):  # those with a gradient
+        args = with_gradients(args)
+    torch.use_deterministic_algorithms(False)  # opcheck compares what a mode of its own would fill with NaN
+    torch.library.opcheck(getattr(triton_ops, op), args)
+
+
+@pytest.mark.parametrize("op", ["shrink", "expand"])
+def test_the_gradients_of_registered_ops_equal_those_of_pytorch(op):
+    args = with_gradients(arguments(op, 9, 70, 50, 4, 0.25))
+    exact_args = with_gradients([a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args])
+    out = getattr(triton_ops, op)(*args)
+    gradient = torch.randn_like(out)
+    out.backward(gradient)
+    expected(op, *exact_args)[0][0].backward(gradient.double())
+    for got, exact in zip(args, exact_args, strict=True):
+        if isinstance(got, Tensor) and got.is_floating_point():
+            torch.testing.assert_close(got.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_derivative_is_refused():
+    args = arguments("shrink", 9, 70, 0, 4, 0.0)
+    x = args[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(triton_ops.shrink(x, *args[1:]).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="backward_x"):
+        gradient.sum().backward()
+
+
+def test_the_hot_path_traces_on_a_cuda_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("PEFTLIB_KERNELS", "1")
+
+    def step(x: Tensor, A: Tensor, B: Tensor, dY: Tensor) -> tuple[Tensor, ...]:
+        seed = philox.new_seed(x.device)
+        hs = triton_ops.shrink(x, A, 0.5, 0.1, seed)
+        y = triton_ops.expand(dY, hs, B, 1.0, None)
+        g, dB = triton_ops.backward_y(dY, B, hs, 0.5)
+        return y, dB, *triton_ops.backward_x(x, g, A, 0.1, seed)
+
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        sizes = ((32, 64), (8, 64), (48, 8), (32, 48))
+        args = [torch.empty(size, device="cuda", dtype=torch.bfloat16) for size in sizes]
+        assert triton_ops.supported(args[0], args[1], args[2])
+        graph = make_fx(step)(*args)
+        outputs = graph(*args)
+    assert [tuple(output.shape) for output in outputs] == [(32, 48), (48, 8), (32, 64), (8, 64)]
+    assert {output.device.type for output in outputs} == {"cuda"}
+    called = [node.target.name() for node in graph.graph.nodes if "peftlib" in str(node.target)]
+    assert called == ["peftlib::shrink", "peftlib::expand", "peftlib::backward_y", "peftlib::backward_x"]
+
+
+@ON_CPU
+def test_what_is_supported(monkeypatch):
+    x, A, B = torch.zeros(4, 32), torch.zeros(4, 32), torch.zeros(16, 4)
+    assert triton_ops.supported(x, A, B)
+    assert triton_ops.supported(x.bfloat16(), A, B)
+    assert not triton_ops.supported(x, A.bfloat16(), B)
+    assert not triton_ops.supported(x.double(), A.double(), B.double())
+    assert not triton_ops.supported(x[:0], A, B)
+    assert not triton_ops.supported(x, torch.zeros(65, 32), torch.zeros(16, 65))
+    for mode in ("0", "1"):
+        monkeypatch.setenv("PEFTLIB_KERNELS", mode)
+        assert not triton_ops.supported(x, A, B)
+
+
+@pytest.mark.parametrize("op", [*OPS, "expand_"])
+def test_empty_inputs_give_empty_or_zero_outputs(op):
+    args = arguments("expand" if op == "expand_" else op, 0, 16, 24, 4, 0.0)
+    got = getattr(triton_ops, op)(*args)
+    for output in got if isinstance(got, tuple) else (got,):
+        assert output is None or not output.any()
+
+
+# ------------------------------------------------------------------ as LoRA's path
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_linear_runs_on_the_kernels(dtype, p, monkeypatch):
+    launched, launch = [], triton_launchers.launch
+
+    def noted(kernel, *args, **options) -> None:
+        launched.append(kernel.fn.__name__)
+        launch(kernel, *args, **options)
+
+    monkeypatch.setattr(triton_launchers, "launch", noted)
+    x, weight = torch.randn(3, 40, 300), torch.randn(350, 300)
+    A, B, dY = torch.randn(8, 300), torch.randn(350, 8), torch.randn(3, 40, 350)
+    x, weight, dY = (tensor.to(DEVICE, dtype) for tensor in (x, weight, dY))
+    x, A, B = (tensor.to(DEVICE).requires_grad_() for tensor in (x, A, B))
+    got, exact = lora_step(x, weight, A, B, dY, p), exact_lora_step(x, weight, A, B, dY, p)
+    for output, reference in zip(got, exact, strict=True):
+        # five roundings to the dtype lie between input and gradient, each relative to values of this size
+        assert (output - reference).abs().max() <= 5 * torch.finfo(dtype).eps * reference.abs().max()
+    called = {name for name in launched if name != "sum_planes_kernel"}
+    assert called == ({"shrink_kernel", "backward_y_kernel", "backward_x_kernel"} if p else {"backward_y_kernel"})
+
+
+def lora_step(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, dY: Tensor, p: float) -> tuple[Tensor, ...]:
+    torch.manual_seed(5)
+    y = lora_linear(x, weight, None, A, B, 0.5, p, training=True)
+    return y, *torch.autograd.grad(y, (x, A, B), dY)
+
+
+def exact_lora_step(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, dY: Tensor, p: float) -> tuple[Tensor, ...]:
+    torch.manual_seed(5)
+    x2 = x.flatten(0, 1)
+    keep = (mask(x2, p, philox.new_seed(x.device)) * philox.kept_scale(p)) if p else torch.ones_like(x2)
+    x, weight, A, B, dY = (tensor.detach().double().requires_grad_() for tensor in (x, weight, A, B, dY))
+    hidden = (x * keep.view(x.shape).double()) @ A.t() * 0.5
+    y = x @ weight.t() + hidden @ B.t()
+    return y, *torch.autograd.grad(y, (x, A, B), dY)
+
+
+@pytest.mark.parametrize("frozen", ["A", "B", "x"])
+def test_lora_linear_gives_the_gradients_that_are_asked_for(frozen):
+    x, weight = torch.randn(130, 300, device=DEVICE), torch.randn(350, 300, device=DEVICE)
+    A, B = torch.randn(4, 300, device=DEVICE), torch.randn(350, 4, device=DEVICE)
+    dY = torch.randn(130, 350, device=DEVICE)
+    everything = {"x": x, "A": A, "B": B}
+    for tensor in everything.values():
+        tensor.requires_grad_()
+    whole = dict(zip(("y", "x", "A", "B"), lora_step(x, weight, A, B, dY, 0.25), strict=True))
+    everything.pop(frozen).requires_grad_(False)
+    torch.manual_seed(5)
+    y = lora_linear(x, weight, None, A, B, 0.5, 0.25, training=True)
+    assert torch.equal(y, whole["y"])
+    for name, gradient in zip(everything, torch.autograd.grad(y, list(everything.values()), dY), strict=True):
+        # one path sums in ATen, the other in a kernel
+        assert (gradient - whole[name]).abs().max() <= 5 * torch.finfo(x.dtype).eps * whole[name].abs().max()
+
+
+def test_checkpointing_draws_the_same_mask_again():
+    x, weight = torch.randn(130, 300, device=DEVICE, requires_grad=True), torch.randn(350, 300, device=DEVICE)
+    A, B = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((4, 300), (350, 4)))
+
+    def gradients(through) -> tuple[Tensor, ...]:
+        torch.manual_seed(9)
+        return torch.autograd.grad(through(x).square().sum(), (x, A, B))
+
+    def layer(x: Tensor) -> Tensor:
+        return lora_linear(x, weight, None, A, B, 0.5, 0.25, training=True)
+
+    plain = gradients(layer)
+    again = gradients(lambda x: checkpoint(layer, x, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_compiled_lora_linear_is_one_graph_that_keeps_x_and_a_seed():
+    x, weight = torch.randn(9, 64, device=DEVICE, requires_grad=True), torch.randn(48, 64, device=DEVICE)
+    A, B = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((8, 64), (48, 8)))
+    torch._dynamo.reset()
+    compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        torch.manual_seed(5)
+        y = compiled(x, weight, None, A, B, 0.5, 0.25, training=True)
+    got = (y, *torch.autograd.grad(y, (x, A, B), torch.ones_like(y)))
+    exact = exact_lora_step(x[None], weight, A, B, torch.ones_like(y)[None], 0.25)
+    for output, reference in zip(got, exact, strict=True):
+        torch.testing.assert_close(output.double(), reference.view(output.shape), rtol=1e-5, atol=1e-4)
+    assert not [t for t in kept if t.shape == x.shape and t.data_ptr() != x.data_ptr()], "a dropped x or its mask"
+
+
+# ------------------------------------------------------------------ gpu_check
+
+
+@ON_CPU
+def test_gpu_check_prints_its_table_from_the_interpreter(capsys):
+    small = ["--tokens=20", "--in=64", "--out=48", "--rank=4", "--repeats=1"]
+    assert gpu_check.main(["--interpret", *small]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "these times mean nothing" in lines[0]
+    assert [line[:20].strip() for line in lines[3:]] == [
+        "GEMM, beta 1", "shrink, p = 0", "shrink, p = 0.1", "backward_x, p = 0.1", "backward_y", "expand",
+        "step, p = 0", "step, p = 0.1",
+    ]  # fmt: skip
+
+
+@ON_CPU
+def test_gpu_check_refuses_without_a_gpu(capsys):
+    assert gpu_check.main([]) == 2
+    assert "finds no CUDA or ROCm GPU. Run it on a machine with one" in capsys.readouterr().err
+
+
+@ON_CPU
+def test_gpu_check_times_nothing_while_a_test_fails(capsys, monkeypatch):
+    monkeypatch.setattr(gpu_check, "_refusal", lambda interpret: None)
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda *a, **k: type("Failed", (), {"returncode": 1}))
+    assert gpu_check.main([]) == 1
+    assert "nothing is timed" in capsys.readouterr().err
