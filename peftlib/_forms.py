@@ -16,8 +16,8 @@ Term = Callable[..., Tensor]
 
 
 class Form:
-    """One layout of a weight. Its functions: the shapes of A and B for a weight's shape and a rank; the weight read as a
-    matrix [..., out, in]; such a matrix laid out as the weight; A and B seen as [..., rank, in] and [..., out, rank]."""
+    """One layout of a weight. Its functions: the shapes of A and B for a weight's shape and a rank; the weight read as
+    a matrix [..., out, in]; such a matrix laid out as the weight; A and B as [..., rank, in] and [..., out, rank]."""
 
     shapes: Callable[[Shape, int], tuple[Shape, Shape]]
     matrix: Callable[[Tensor], Tensor]

@@ -168,10 +168,11 @@ def take(host: nn.Module, adapter: Adapter) -> None:
 
 def require_on_top(name: str, host: nn.Module) -> None:
     if Adapted not in type(host).__bases__:
+        own = base_type(type(host)).__name__
         above = [cls.__name__ for cls in type(host).__mro__[: type(host).__mro__.index(Adapted) - 1]]
         raise AdapterError(
-            f"{name or 'the root'}: {', '.join(above)} was put above the adapted {base_type(type(host)).__name__} after "
-            "inject. Undo that first, then eject."
+            f"{name or 'the root'}: {', '.join(above)} was put above the adapted {own} after inject. "
+            "Undo that first, then eject."
         )
 
 

@@ -1,0 +1,190 @@
+"""What the tests share: small models, a snapshot of all that a model is, and faults that strike at the k-th call."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftlib
+
+# Typed loosely: torch says of a child's attributes only that each is a tensor or a module.
+chain: Any = nn.Sequential
+modules: Any = nn.ModuleDict
+
+
+class Layer(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.q_proj(self.norm(x))) * self.v_proj(x)
+
+
+class Network(nn.Module):
+    """An embedding, a few layers with a norm and two projections, a head."""
+
+    def __init__(self, layers: int = 2, width: int = 8) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, width)
+        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+class Gain(peftlib.Adapter):
+    """A user's own kind with only a weight form: one factor for the whole weight."""
+
+    def __init__(self, host: Any, start: float = 1.0) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((), start, device=host.weight.device))
+
+    def fold(self, host: Any) -> dict[str, Tensor]:
+        return {"weight": host.weight * self.gain}
+
+
+class Offset(peftlib.Adapter):
+    """A user's own kind with only a call form: a vector added to what the host gives."""
+
+    def __init__(self, host: Any) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(len(host.weight), device=host.weight.device))
+
+    def forward(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs) + self.offset
+
+
+def network(seed: int = 0, **sizes: Any) -> Any:
+    """The same seed gives the same base. In eval mode, as a pretrained model arrives."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return Network(**sizes).eval()
+
+
+def linears(count: int = 2, width: int = 4) -> Any:
+    return chain(*(nn.Linear(width, width) for _ in range(count)))
+
+
+def tokens() -> Tensor:
+    return torch.arange(10).view(2, 5)
+
+
+@torch.no_grad()
+def moved(model: Any, name: str | None = None, size: float = 0.3) -> Any:
+    """The model, its adapters shifted as training would: no factor is zero any more."""
+    for parameter in peftlib.parameters(model, name):
+        parameter.add_(torch.randn(parameter.shape).to(parameter) * size)
+    return model
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Also tells 0.0 from -0.0, and finds NaN equal to itself."""
+    return a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
+
+
+class Same:
+    """Equal only to what holds the very same object; it keeps that object alive, so that its id stays its own."""
+
+    def __init__(self, item: object) -> None:
+        self.item = item
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.item is self.item
+
+    def __hash__(self) -> int:
+        return id(self.item)
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        readable = type(value) in (Tensor, nn.Parameter) and not value.is_meta
+        grad = None if not readable or value.grad is None else bits(value.grad)
+        return Same(value), value.requires_grad, bits(value) if readable else None, grad
+    if type(value).__name__ == "Selection":
+        return value.active, value.merged, tuple(value.count.items())
+    if isinstance(value, dict):
+        return "dict", Same(value), tuple((key, _frozen(item)) for key, item in value.items())
+    if isinstance(value, (list, tuple, set)):
+        return type(value).__name__, tuple(map(_frozen, value))
+    if isinstance(value, (int, float, str, type(None))):
+        return value
+    return Same(value)
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that a model is: classes, every attribute in order, bits, flags, gradients, selections."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found[f"{name}: class"] = type(module)
+        found[f"{name}: keys"] = tuple(vars(module))
+        found |= {f"{name}.{key}": _frozen(value) for key, value in vars(module).items()}
+    return found
+
+
+def changes(before: dict[str, Any], model: nn.Module) -> list[str]:
+    """What differs now from a snapshot, by name."""
+    after, absent = snapshot(model), object()
+    return [key for key in {**before, **after} if before.get(key, absent) != after.get(key, absent)]
+
+
+def base_bits(model: nn.Module) -> dict[str, bytes]:
+    return {key: bits(tensor) for key, tensor in model.state_dict().items() if ".adapters." not in f".{key}"}
+
+
+class Fault(Exception):
+    """What an injected failure raises: nothing in peftlib catches it on purpose."""
+
+
+@contextlib.contextmanager
+def failing(owner: Any, attribute: str, at: int, late: bool = False) -> Iterator[list[bool]]:
+    """Makes the call number `at` of `owner.attribute` raise, once; before it does anything, or after it has."""
+    real, calls, struck = getattr(owner, attribute), itertools.count(), []
+    was_own = attribute in vars(owner)
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) != at:
+            return real(*args, **kwargs)
+        struck.append(True)
+        if late:
+            real(*args, **kwargs)
+        raise Fault(f"{attribute}, call {at}")
+
+    setattr(owner, attribute, stand_in)
+    try:
+        yield struck
+    finally:
+        if was_own:
+            setattr(owner, attribute, real)
+        else:
+            delattr(owner, attribute)
+
+
+def fail_at_every_call(
+    make: Callable[[], Any], act: Callable[[Any], Any], owner: Any, attribute: str, late: bool = False
+) -> int:
+    """Lets `act` fail at its first call of `owner.attribute`, at its second, and so on: each time the model must be as
+    it was, and `act` must succeed afterwards. Returns how many calls there are."""
+    for at in itertools.count():
+        model = make()
+        before = snapshot(model)
+        with failing(owner, attribute, at, late) as struck, contextlib.suppress(Fault):
+            act(model)
+        if not struck:
+            return at
+        assert changes(before, model) == [], f"after a failure at call {at} of {attribute}"
+        act(model)
+    raise AssertionError

@@ -1,0 +1,234 @@
+"""A failure in the middle, at any host, leaves the model as it was: every bit, every attribute, every class."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import Fault, Gain, changes, fail_at_every_call, failing, linears, moved, network, snapshot, tokens
+from torch import nn
+
+import peftlib
+from peftlib import AdapterError, Full, LoRA, _host, _io, _model
+from peftlib._fold import Folded
+
+
+def encoder() -> Any:
+    """A model whose parents have a fast path, so that they become hosts without an adapter."""
+    layer = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+    return nn.TransformerEncoder(layer, 2).eval()
+
+
+def wrapped() -> Any:
+    """Some of its linears have a forward of their own in `__dict__`, as other tools put there."""
+    model = network()
+    for module in (model.head, model.layers[0].q_proj):
+        module.__dict__["forward"] = module.forward
+    return model
+
+
+def adapted(make: Any = network) -> Any:
+    model = make()
+    peftlib.inject(model, nn.Linear, LoRA, rank=2, name="a")
+    peftlib.inject(model, nn.LayerNorm, Full, name="b")
+    return moved(model)
+
+
+def halves() -> Any:
+    """Two parts of one model that were adapted each by itself."""
+    model = network()
+    peftlib.inject(model.layers[0], "q_proj", LoRA, name="a")
+    peftlib.inject(model.layers[1], "q_proj", LoRA, name="b")
+    return moved(model)
+
+
+def with_gradients() -> Any:
+    model = adapted()
+    model(tokens()).square().sum().backward()
+    return model
+
+
+MODELS = {
+    "plain": network,
+    "fast paths": encoder,
+    "forwards of others": wrapped,
+    "adapted": adapted,
+    "adapted in parts": halves,
+    "with gradients": with_gradients,
+}
+every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+def put_in(model: Any) -> None:
+    peftlib.inject(model, nn.Linear, LoRA, rank=3, name="new")
+
+
+@every_model
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("owner", "attribute"),
+    [(LoRA, "__init__"), (LoRA, "reset_parameters"), (_model, "put"), (_model, "adopt"), (_host.Adapters, "__init__")],
+    ids=["constructor", "draw", "put", "adopt", "children"],
+)
+def test_inject_fails_at_each_host(make, owner, attribute, late):
+    assert fail_at_every_call(make, put_in, owner, attribute, late) >= (0 if attribute == "__init__" else 2)
+
+
+class Fragile(Gain):
+    """Refuses one width, as a kind may that finds an unsuitable host late."""
+
+    def __init__(self, host: Any) -> None:
+        super().__init__(host)
+        if host.out_features == 3:
+            raise RuntimeError("no host of three")
+
+
+def test_inject_is_undone_when_a_users_kind_raises():
+    model = network()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="no host of three"):
+        peftlib.inject(model, nn.Linear, Fragile)
+    assert changes(before, model) == []
+
+
+def take_all(model: Any) -> None:
+    peftlib.eject(model)
+
+
+def take_one(model: Any) -> None:
+    peftlib.eject(model, "a")
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("act", [take_all, take_one], ids=["all", "one"])
+@pytest.mark.parametrize("make", [adapted, lambda: adapted(encoder), lambda: adapted(wrapped), halves, with_gradients])
+@pytest.mark.parametrize("attribute", ["take", "release", "parts", "fast_paths_around"])
+def test_eject_fails_at_each_host(make, act, attribute, late):
+    assert fail_at_every_call(make, act, _model, attribute, late) >= 1
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("attribute", ["take", "release"])
+def test_eject_for_good_fails_at_each_host_and_unfolds(attribute, late):
+    assert fail_at_every_call(adapted, lambda m: peftlib.eject(m, merge=True), _model, attribute, late) >= 4
+
+
+@pytest.mark.parametrize("attribute", ["take", "release"])
+def test_eject_of_a_merged_model_fails_at_each_host_and_stays_merged(attribute):
+    def merged() -> Any:
+        model = adapted()
+        peftlib.merge(model)
+        return model
+
+    assert fail_at_every_call(merged, lambda m: peftlib.eject(m, merge=True), _model, attribute) >= 4
+
+
+FOLDING = {
+    "fold": (LoRA, "fold"),
+    "fold of another kind": (Full, "fold"),
+    "round": (Folded, "rounded"),
+    "copy": (torch.Tensor, "copy_"),
+    "back up": (torch.Tensor, "clone"),
+    "check": (torch.Tensor, "isfinite"),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("owner", "attribute"), FOLDING.values(), ids=FOLDING)
+@pytest.mark.parametrize("act", [peftlib.merge, lambda m: peftlib.eject(m, merge=True)], ids=["merge", "eject"])
+def test_merge_fails_at_each_weight(act, owner, attribute, late):
+    assert fail_at_every_call(adapted, act, owner, attribute, late) >= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merge_fails_at_each_weight_in_half_precision(dtype):
+    assert fail_at_every_call(lambda: adapted().to(dtype), peftlib.merge, torch.Tensor, "copy_", late=True) >= 9
+
+
+@pytest.mark.parametrize("backup", ["device", "cpu"])
+def test_merge_into_the_last_weight_refuses_after_all_others_are_written(backup):
+    model = linears(6)
+    peftlib.inject(model, nn.Linear, LoRA)
+    moved(model)
+    with torch.no_grad():
+        list(peftlib.adapters(model))[-1][2].lora_B[0, 0] = float("nan")
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match="into 5: lora_B holds NaN"):
+        peftlib.merge(model, backup=backup)
+    assert changes(before, model) == []
+
+
+def test_an_interrupt_in_the_middle_of_a_merge_is_no_exception_to_the_rule(monkeypatch):
+    model = adapted()
+    before = snapshot(model)
+    real, calls = LoRA.fold, []
+
+    def interrupted(self: Any, host: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, host)
+
+    monkeypatch.setattr(LoRA, "fold", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        peftlib.merge(model)
+    assert changes(before, model) == []
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = network()
+    peftlib.inject(model, ["q_proj", "head"], LoRA, rank=2)
+    peftlib.inject(model, nn.LayerNorm, Full)
+    peftlib.save(moved(model), tmp_path / "adapter.safetensors")
+    return tmp_path / "adapter.safetensors"
+
+
+LOADING = {
+    "constructor": (LoRA, "__init__", 3),
+    "constructor of another kind": (Full, "__init__", 2),
+    "fill": (peftlib.Adapter, "load_state_dict", 5),
+    "check": (_io, "_checked", 10),
+    "fingerprint": (_io, "fingerprint", 5),
+    "put": (_model, "put", 5),
+    "adopt": (_model, "adopt", 5),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("owner", "attribute", "calls"), LOADING.values(), ids=LOADING)
+@pytest.mark.parametrize("make", [network, wrapped, adapted, halves])
+def test_load_fails_at_each_host(make, owner, attribute, calls, late, saved):
+    assert fail_at_every_call(make, lambda m: peftlib.load(m, saved), owner, attribute, late) == calls
+
+
+def test_a_fault_really_strikes_and_a_change_is_really_seen():
+    """The tests above could pass without testing: here are a fault and changes that must be noticed."""
+    model = network()
+    with failing(_model, "put", 0), pytest.raises(Fault):
+        put_in(model)
+    for change in (
+        lambda m: m.head.weight.data[0, 0].add_(1e-6),
+        lambda m: m.head.bias.requires_grad_(False),
+        lambda m: m.head.__dict__.update(extra=1),
+        lambda m: setattr(m, "head", nn.Linear(8, 3)),
+        lambda m: m.head.__dict__.update(training=m.head.__dict__.pop("training")),
+        lambda m: setattr(m.head, "__class__", type("Other", (nn.Linear,), {})),
+        lambda m: m.head.register_forward_hook(lambda *_: None),
+        lambda m: setattr(m.head.weight, "grad", torch.ones(3, 8)),
+        lambda m: m.train(),
+        lambda m: peftlib.inject(m, "head", LoRA),
+    ):
+        model = network()
+        before = snapshot(model)
+        assert changes(before, model) == []
+        change(model)
+        assert changes(before, model) != []
+
+
+def test_activate_and_train_only_of_an_absent_name_change_nothing():
+    model = adapted()
+    before = snapshot(model)
+    for act in (peftlib.activate, peftlib.train_only):
+        with pytest.raises(AdapterError, match="no adapter named 'c'"):
+            act(model, "a", "c")
+    assert changes(before, model) == []
