@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import json
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -56,9 +57,10 @@ class Adapter(nn.Module):
         KINDS[cls.__name__] = cls
 
     def forward(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The call form. `call(*args, **kwargs)` is what the host would have done by itself."""
-        folded = {path: value.to(weight_of(host, path).dtype) for path, value in self.fold(host).items()}
-        with shadowed(host, folded):
+        """The call form. `call(*args, **kwargs)` is what the host would have done by itself, with what nests inside."""
+        inside, call = unwound(call)
+        folded = fold_all(host, [*inside, self])
+        with shadowed(host, {path: value.to(weight_of(host, path).dtype) for path, value in folded.items()}):
             return call(*args, **kwargs)
 
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
@@ -69,7 +71,7 @@ class Adapter(nn.Module):
             AdapterError: this kind has no weight form.
         """
         raise AdapterError(
-            f"{type(self).__name__} has no weight form, so it cannot be merged. Keep it live, or eject it."
+            f"{type(self).__name__} has neither forward nor fold, so it does nothing. Write one of them."
         )
 
     @classmethod
@@ -94,6 +96,28 @@ class Adapter(nn.Module):
 
 def has_weight_form(adapter: Adapter) -> bool:
     return type(adapter).fold is not Adapter.fold
+
+
+def unwound(call: Callable[..., Any]) -> tuple[list[Adapter], Callable[..., Any]]:
+    """The adapters inside a call that have a weight form, innermost first, and the call without them.
+
+    A fold reads the weights that the ones inside it gave, so those must be folded before it, not called behind it."""
+    folding, calling, host = [], [], None
+    while isinstance(call, functools.partial) and isinstance(call.func, Adapter):
+        (folding if has_weight_form(call.func) else calling).append(call.func)
+        host, call = call.args
+    for adapter in reversed(calling):
+        call = functools.partial(adapter, host, call)
+    return folding[::-1], call
+
+
+def fold_all(host: nn.Module, adapters: list[Adapter]) -> dict[str, Tensor]:
+    """What the host's weights become, each fold on what the one before it gave, unrounded."""
+    values: dict[str, Tensor] = {}
+    for adapter in adapters:
+        with shadowed(host, values):
+            values = {**values, **adapter.fold(host)}
+    return values
 
 
 def owner_of(host: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -129,15 +153,19 @@ _absent = object()
 
 @contextlib.contextmanager
 def _flat_weights_shadowed(owners: Any) -> Iterator[None]:
-    """RNNs compute from a list of their weights, not from the attributes."""
-    before = [(owner, owner._flat_weights) for owner in owners if isinstance(owner, nn.RNNBase)]
+    """RNNs compute from a list of their weights, not from the attributes, and make it anew where a weak reference to
+    an attribute no longer holds."""
+    before = [
+        (owner, owner._flat_weights, owner._flat_weight_refs) for owner in owners if isinstance(owner, nn.RNNBase)
+    ]
     try:
-        for owner, _ in before:
-            owner.__dict__["_flat_weights"] = [getattr(owner, name) for name in owner._flat_weights_names]
+        for owner, *_ in before:
+            weights = [getattr(owner, name) for name in owner._flat_weights_names]
+            owner.__dict__.update(_flat_weights=weights, _flat_weight_refs=[weakref.ref(weight) for weight in weights])
         yield
     finally:
-        for owner, weights in before:
-            owner.__dict__["_flat_weights"] = weights
+        for owner, weights, refs in before:
+            owner.__dict__.update(_flat_weights=weights, _flat_weight_refs=refs)
 
 
 def full_config(kind: type[Adapter], config: dict[str, Any]) -> dict[str, Any]:

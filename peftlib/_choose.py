@@ -49,14 +49,23 @@ def activate(model: M, *names: str) -> Undo[M]:
         ...     base_output = model(torch.ones(1, 4))
     """
     selection = require(model, names)
-    _require_live(selection)
+    _require_live(selection, "activate")
     before, selection.active = selection.active, tuple(dict.fromkeys(names))
-    return Undo(model, lambda: setattr(selection, "active", before))
+    return Undo(model, lambda: _choose_again(selection, before))
 
 
-def _require_live(selection: Selection) -> None:
+def _choose_again(selection: Selection, names: tuple[str, ...]) -> None:
+    """A model that was merged inside the block goes back to the choice when it is unmerged."""
+    known = tuple(name for name in names if name in selection.count)
     if selection.merged:
-        raise AdapterError(f"activate: {', '.join(selection.merged)} is merged into the base. Call unmerge first.")
+        selection.aside = known
+    else:
+        selection.active = known
+
+
+def _require_live(selection: Selection, doing: str) -> None:
+    if selection.merged:
+        raise AdapterError(f"{doing}: {', '.join(selection.merged)} is merged into the base. Call unmerge first.")
 
 
 def train_only(model: M, *names: str) -> Undo[M]:
@@ -111,7 +120,7 @@ def view(model: M, *names: str) -> M:
         True
     """
     original = require(model, names)
-    _require_live(original)
+    _require_live(original, "view")
     other: Any = face(model)
     selection = require(other)
     selection.active = tuple(dict.fromkeys(names))

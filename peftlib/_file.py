@@ -70,7 +70,7 @@ def header_of(file: Any, path: Path) -> Header:
         )
     try:
         header = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{os.fspath(path)}: its header is not JSON ({error}). Save it again.") from None
     problem = _problem(header)
     if problem:
@@ -112,6 +112,8 @@ def write(path: Path, tensors: dict[str, Tensor], header: Header) -> None:
     """Beside the target, synced, then renamed over it: the file is the old one or the new one, whole."""
     target = os.path.realpath(path)
     folder, base = os.path.split(target)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{folder}: there is no such folder to save {base} in")
     temporary = os.path.join(folder, f".{base}.{uuid.uuid4().hex}.tmp")
     text = json.dumps({"format": FORMAT, "version": version("peftlib"), **header}, allow_nan=False)
     try:

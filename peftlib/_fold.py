@@ -1,11 +1,14 @@
 """What each base weight becomes when adapters are folded in: float32 or wider until the one rounding."""
 
+import contextlib
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from ._adapter import Adapter, owner_of
+from ._adapter import Adapter, fold_all, owner_of, shadowed
 from ._errors import AdapterError
 from ._host import face, is_host, parts
 from ._walk import candidates, hosts
@@ -56,19 +59,20 @@ def _fold(host_name: str, host: nn.Module, names: Container[str], start: list[Fo
     scratch = face(host)
     paths = {id(module): path for path, module in host.named_modules()}
     values = {f"{paths[id(item.owner)]}.{item.leaf}".lstrip("."): item.value for item in start}
-    _shadow(scratch, values)
     for adapter in parts(scratch, names):
         _require_finite(host_name, adapter)
-        folded = adapter.fold(scratch)
-        _shadow(scratch, folded)
-        values |= folded
+    with shadowed(scratch, values), _full_precision(scratch):
+        values |= fold_all(scratch, parts(scratch, names))
     return [_item(host_name, host, path, value) for path, value in values.items()]
 
 
-def _shadow(scratch: nn.Module, values: dict[str, Tensor]) -> None:
-    for path, value in values.items():
-        owner, leaf = owner_of(scratch, path)
-        owner.__dict__[leaf] = value
+@contextlib.contextmanager
+def _full_precision(host: nn.Module) -> Iterator[None]:
+    """Autocast would take the products in half precision."""
+    with contextlib.ExitStack() as stack:
+        for kind in {tensor.device.type for tensor in host.parameters()} - {"meta"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _item(host_name: str, host: nn.Module, path: str, value: Tensor) -> Folded:
@@ -80,44 +84,64 @@ def _item(host_name: str, host: nn.Module, path: str, value: Tensor) -> Folded:
             f"cannot merge into {name}: it is computed from other parameters. Make it a plain weight first "
             "(torch.nn.utils.parametrize.remove_parametrizations), or keep the adapter live."
         )
-    if own.is_meta or own.shape != value.shape:
-        found = "on the meta device" if own.is_meta else f"{list(own.shape)} and its folded form {list(value.shape)}"
+    if own.is_meta or value.is_meta or own.shape != value.shape:
+        found = "on the meta device" if own.is_meta or value.is_meta else f"{list(own.shape)} and its folded form {list(value.shape)}"
         raise AdapterError(f"cannot merge into {name}: it is {found}. Materialise the model, or mend the kind's fold.")
     return Folded(name, owner, leaf, value)
 
 
 def _require_finite(host_name: str, adapter: Adapter) -> None:
     for key, tensor in adapter.state_dict().items():
-        if not tensor.isfinite().all():
+        if not tensor.is_meta and not tensor.isfinite().all():
             raise AdapterError(
                 f'cannot merge "{adapter.name}" into {host_name or "the root"}: {key} holds NaN or infinity. '
                 "Load a sound adapter, or eject this one."
             )
 
 
-def _owners(model: nn.Module) -> dict[object, list[tuple[int, str, str]]]:
-    """Every place where each tensor's memory is registered: `(id of the module, attribute, qualified name)`."""
-    owners: dict[object, list[tuple[int, str, str]]] = {}
+class _Owner(NamedTuple):
+    """A place where a tensor is registered."""
+
+    module: int
+    leaf: str
+    name: str
+    tensor: Tensor
+
+
+def _owners(model: nn.Module) -> dict[object, list[_Owner]]:
+    """Every registered tensor, by the memory that it lies in."""
+    owners: dict[object, list[_Owner]] = {}
     for name, module in candidates(model):
         for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
-                owners.setdefault(_memory(tensor), []).append((id(module), leaf, f"{name}.{leaf}".lstrip(".")))
+                owner = _Owner(id(module), leaf, f"{name}.{leaf}".lstrip("."), tensor)
+                owners.setdefault(_memory(tensor), []).append(owner)
     return owners
 
 
 def _memory(tensor: Tensor) -> object:
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.numel() and not tensor.is_meta
-    return (tensor.device, tensor.data_ptr()) if plain else id(tensor)
+    return (tensor.device, tensor.untyped_storage().data_ptr()) if plain else id(tensor)
 
 
-def _refuse_shared(items: list[Folded], owners: dict[object, list[tuple[int, str, str]]], host: nn.Module) -> None:
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    (start, end), (other_start, other_end) = _span(one), _span(other)
+    return one is other or (start < other_end and other_start < end)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+
+def _refuse_shared(items: list[Folded], owners: dict[object, list[_Owner]], host: nn.Module) -> None:
     """A tensor may have several owners only if one fold gives all of them the same value."""
     by_place = {(id(item.owner), item.leaf): item for item in items}
     for item in items:
-        for owner, leaf, name in owners[_memory(item.base)]:
+        for owner, leaf, name, tensor in owners[_memory(item.base)]:
             twin = by_place.get((owner, leaf))
-            if twin is None or twin.value is not item.value:
-                names = ", ".join(f'"{part.name}"' for part in parts(host))
+            if (twin is None or twin.value is not item.value) and _overlap(item.base, tensor):
+                names = ", ".join(dict.fromkeys(f'"{part.name}"' for part in parts(host)))
                 raise AdapterError(
                     f"cannot merge {names} into {item.name}: it is also {name}, which would change too. "
                     "Untie them first."

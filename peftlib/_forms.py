@@ -167,12 +167,17 @@ def _convolve(x: Tensor, weight: Tensor, groups: int) -> Tensor:
 
 
 def _embedding_term(host: Any, A: Tensor, B: Tensor, input: Tensor) -> Tensor:
-    return F.linear(F.embedding(input, A.T, host.padding_idx), B)
+    term = F.linear(F.embedding(input, A.T, host.padding_idx), B)
+    if host.padding_idx is None:
+        return term
+    return torch.where((input == host.padding_idx).unsqueeze(-1), term.detach(), term)  # as W's row, it does not learn
 
 
 def _bag_term(
     host: Any, A: Tensor, B: Tensor, input: Tensor, offsets: Any = None, per_sample_weights: Any = None
 ) -> Tensor:
+    if per_sample_weights is not None:
+        per_sample_weights = per_sample_weights.to(A.dtype)
     h = F.embedding_bag(
         input, A.T.contiguous(), offsets, mode=host.mode, per_sample_weights=per_sample_weights,
         include_last_offset=host.include_last_offset, padding_idx=host.padding_idx,

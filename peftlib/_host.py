@@ -34,6 +34,10 @@ class Adapters(nn.ModuleDict):
 
     selection: Selection
 
+    def forward(self, x: Any) -> Any:
+        """A Sequential runs all its children, this one too."""
+        return x
+
 
 class Adapted:
     """The marker base of every adapted class; the host's own class stands right behind it."""
@@ -79,8 +83,10 @@ def _overrides(cls: type) -> dict[str, property]:
 
 
 def _shadow_first(name: str, computed: property) -> property:
+    fget: Any = computed.fget  # not computed.__get__, which torch.compile cannot trace
+
     def get(self: Any) -> Any:
-        return self.__dict__[name] if name in self.__dict__ else computed.__get__(self)
+        return self.__dict__[name] if name in self.__dict__ else fget(self)
 
     return property(get, computed.fset, computed.fdel, computed.__doc__)
 
@@ -122,7 +128,7 @@ def parts(host: nn.Module, names: Container[str] | None = None) -> list[Adapter]
     return [adapter for adapter in found if names is None or adapter.name in names]
 
 
-def adopt(host: Any, selection: Selection) -> None:
+def adopt(name: str, host: Any, selection: Selection) -> None:
     """Makes a module a host, with no adapter yet."""
     if is_host(host):
         return
@@ -136,7 +142,7 @@ def adopt(host: Any, selection: Selection) -> None:
         host.__class__ = _adapted(type(host))
     except TypeError as error:
         raise AdapterError(
-            f"{type(host).__name__} cannot change its class ({error}). Wrap it in a plain nn.Module and adapt that."
+            f"{name or 'the root'}: {type(host).__name__} cannot change its class ({error}). Wrap it in a plain nn.Module and adapt that."
         ) from None
 
 
@@ -167,6 +173,10 @@ def take(host: nn.Module, adapter: Adapter) -> None:
 
 
 def require_on_top(name: str, host: nn.Module) -> None:
+    if "forward" in host.__dict__:
+        raise AdapterError(
+            f"{name or 'the root'}: a forward was put on this {type(host).__name__} itself after inject. Undo that first."
+        )
     if Adapted not in type(host).__bases__:
         own = base_type(type(host)).__name__
         above = [cls.__name__ for cls in type(host).__mro__[: type(host).__mro__.index(Adapted) - 1]]

@@ -41,13 +41,21 @@ def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[
         >>> peftlib.save(model, os.path.join(tempfile.mkdtemp(), "adapter.safetensors"))
     """
     require(model, (name,))
+    metadata = {} if metadata is None else metadata
+    _require_json(metadata)
+    write(path, dict(_tensors(model, name)), {**_described(model, name), "metadata": metadata})
+
+
+def _require_json(metadata: Any) -> None:
     try:
-        json.dumps(metadata, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        same = isinstance(metadata, dict) and json.loads(json.dumps(metadata, allow_nan=False)) == metadata
+    except (TypeError, ValueError):
+        same = False
+    if not same:
         raise AdapterError(
-            f"metadata: {error}. Use numbers, strings, booleans, None, and lists or dicts of them."
-        ) from None
-    write(path, dict(_tensors(model, name)), {**_described(model, name), "metadata": metadata or {}})
+            f"metadata: {metadata!r} would not come back from JSON as it is. Use a dict with string keys, of numbers, "
+            "strings, booleans, None, and lists or dicts of them."
+        )
 
 
 def _tensors(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -117,7 +125,7 @@ def load(model: nn.Module, path: Path, name: str | None = None, *, strict: bool 
         require_name(called)
         require_changeable(model, "load")
         placed = list(_rebuilt(model, header, called, os.fspath(path)))
-        require_free(placed)
+        require_free(model, placed)
         _require_keys(placed, header, os.fspath(path))
         if strict:
             _require_base(placed, header, os.fspath(path))
@@ -143,9 +151,11 @@ def _rebuilt(model: nn.Module, header: Header, name: str, path: str) -> Iterator
                 )
             try:
                 yield build(Place(host_name, by_name[host_name], one["config"]), kind, name, on_meta=True)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except (AdapterError, TypeError, ValueError, RuntimeError) as error:
+                reason = str(error).partition("\n")[0]
                 raise AdapterError(
-                    f"{path}: {host_name}: {one['kind']} refuses its configuration ({error}). Save it again."
+                    f"{path}: {host_name or 'the root'}: {one['kind']} refuses its configuration ({reason}). "
+                    "Save it again from its model."
                 ) from None
 
 
@@ -194,6 +204,20 @@ def _fill(placed: list[Placed], file: Any, path: str) -> None:
         if device.type != "meta":
             state = {inner: tensor.to(device) for inner, tensor in state.items()}
         item.adapter.load_state_dict(state, assign=True)
+        if device.type != "meta":
+            _complete(item)
+
+
+def _complete(item: Placed) -> None:
+    """Tensors that are not in the file, non-persistent buffers, are those of an adapter made on the real host."""
+    made: Adapter | None = None
+    for path, module in item.adapter.named_modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                made = (
+                    made or build(Place(item.host_name, item.host, item.adapter.config), type(item.adapter), "").adapter
+                )
+                module._buffers[leaf] = made.get_submodule(path)._buffers[leaf]
 
 
 def _checked(tensor: Tensor, expected: Tensor, key: str, path: str) -> Tensor:

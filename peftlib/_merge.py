@@ -170,9 +170,10 @@ def _stream(model: nn.Module, folded: Iterator[tuple[nn.Module, list[Folded]]]) 
                 done.add(id(step[0]))
                 ready.update({id(item.base): item.rounded() for item in step[1]})
         waiting[id(tensor)] -= 1
-        yield key, ready[id(tensor)] if id(tensor) in ready else tensor.detach()
+        yield key, ready.get(id(tensor), tensor).detach()
         if not waiting[id(tensor)]:
             ready.pop(id(tensor), None)
+    ready.update({id(item.base): item.base for _, items in folded for item in items})
     if ready:
         raise AdapterError(
             f"merged_state_dict: {len(ready)} merged weight(s) are not in state_dict(), so they would be lost. "

@@ -58,7 +58,7 @@ def inject(
     require_name(name)
     require_changeable(model, "inject")
     placed = [build(place, kind, name) for place in places(model, targets, kind, exclude, config)]
-    require_free(placed)
+    require_free(model, placed)
     install(model, placed, freeze=freeze)
     return list(dict.fromkeys(item.host_name for item in placed))
 
@@ -67,9 +67,9 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
     with all_or_nothing(model):
         selection = share_selection(model)
         for around in fast_paths_around(model, {id(item.host) for item in placed}):
-            adopt(around, selection)
-        for _, host, adapter in placed:
-            adopt(host, selection)
+            adopt(type(around).__name__, around, selection)
+        for host_name, host, adapter in placed:
+            adopt(host_name, host, selection)
             put(host, adapter)
             if adapter.name not in selection.active:
                 selection.active += (adapter.name,)
@@ -162,4 +162,6 @@ def _freeze(model: nn.Module) -> None:
 def _thaw(model: nn.Module) -> None:
     for module in model.modules():
         for leaf in module.__dict__.pop(_FROZEN, ()):
-            module.get_parameter(leaf).requires_grad_(True)
+            parameter = module._parameters.get(leaf)  # gone where something pruned or parametrized it since
+            if parameter is not None:
+                parameter.requires_grad_(True)

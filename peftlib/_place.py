@@ -9,10 +9,10 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ._adapter import Adapter, full_config
 from ._errors import AdapterError
-from ._host import Adapters, face, is_host, parts
+from ._host import Adapters, face, is_host
 from ._readers import reader_of
 from ._select import Targets, select
-from ._walk import candidates
+from ._walk import adapters, candidates
 
 
 class Place(NamedTuple):
@@ -35,7 +35,9 @@ def places(
     model: nn.Module, targets: Targets, kind: type[Adapter], exclude: Targets, config: dict[str, Any]
 ) -> list[Place]:
     require_kind(kind)
-    return list(_places(model, select(candidates(model), targets, exclude), kind, config))
+    hits = {id(module): module for _, module in select(candidates(model, aliases=True), targets, exclude)}
+    first_named = [(name, module) for name, module in candidates(model) if id(module) in hits]
+    return list(_places(model, first_named, kind, config))
 
 
 def _places(model: nn.Module, hits: list[tuple[str, nn.Module]], kind: type[Adapter], config: Any) -> Iterator[Place]:
@@ -51,15 +53,23 @@ def _places(model: nn.Module, hits: list[tuple[str, nn.Module]], kind: type[Adap
 
 def build(place: Place, kind: type[Adapter], name: str, on_meta: bool = False) -> Placed:
     """Constructs the adapter; on the meta device it costs nothing and draws nothing."""
-    host = face(place.host, meta=True) if on_meta else place.host
     try:
-        adapter = kind(host, **place.config)
+        adapter = _on_meta(place, kind) if on_meta else kind(place.host, **place.config)
         adapter.config = full_config(kind, place.config)
     except AdapterError as error:
         raise AdapterError(f"cannot put {kind.__name__} into {place.host_name or 'the root'}: {error}") from None
     adapter.name = name
     adapter.train(place.host.training)
     return Placed(place.host_name, place.host, adapter)
+
+
+def _on_meta(place: Place, kind: type[Adapter]) -> Adapter:
+    try:
+        return kind(face(place.host, meta=True), **place.config)
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+        return kind(place.host, **place.config)  # this kind reads its host's values
 
 
 def require_kind(kind: Any) -> None:
@@ -70,7 +80,7 @@ def require_kind(kind: Any) -> None:
 def require_name(name: str) -> None:
     if not isinstance(name, str) or not name or "." in name or ":" in name:
         raise AdapterError(f"name={name!r}: a name is a string without '.' and ':'. Rename the adapter.")
-    if hasattr(Adapters, name) or name in Adapters()._modules:
+    if name == "selection" or hasattr(Adapters(), name):
         raise AdapterError(f"name={name!r}: torch's ModuleDict has an attribute of that name. Rename the adapter.")
 
 
@@ -91,18 +101,20 @@ def require_adaptable(name: str, host: nn.Module) -> None:
         raise AdapterError(f"{where}: {found} has no forward and is never called. Target the modules inside it.")
 
 
-def require_free(placed: list[Placed]) -> None:
-    """On one host, the tensors of one name have distinct keys: what is there twice would be saved once."""
-    taken: dict[tuple[int, str, str], str] = {}
-    for _, host, _ in placed:
-        for adapter in parts(host) if is_host(host) else ():
-            taken.update({(id(host), adapter.name, key): type(adapter).__name__ for key in adapter.file_keys()})
-    for host_name, host, adapter in placed:
-        for key in adapter.file_keys():
-            there = taken.setdefault((id(host), adapter.name, key), "")
-            if there:
-                raise AdapterError(
-                    f'{host_name or "the root"}: "{adapter.name}" has a {there} with {key!r} there already. '
-                    "Eject it, or inject under another name."
-                )
-        taken.update({(id(host), adapter.name, key): type(adapter).__name__ for key in adapter.file_keys()})
+def require_free(model: nn.Module, placed: list[Placed]) -> None:
+    """The tensors of one name have distinct keys in its file: what is there twice would be saved once."""
+    taken: dict[tuple[str, str], str] = {}
+    for host_name, name, adapter in adapters(model):
+        taken.update({(name, key): type(adapter).__name__ for key in _keys(host_name, adapter)})
+    for host_name, _, adapter in placed:
+        own = {(adapter.name, key): type(adapter).__name__ for key in _keys(host_name, adapter)}
+        for name, key in sorted(own.keys() & taken.keys()):
+            raise AdapterError(
+                f'{host_name or "the root"}: "{name}" has a {taken[name, key]} with {key!r} already. '
+                "Eject it, or inject under another name."
+            )
+        taken |= own
+
+
+def _keys(host_name: str, adapter: Adapter) -> list[str]:
+    return [f"{host_name}.{key}".lstrip(".") for key in adapter.file_keys()]

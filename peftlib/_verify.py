@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._adapter import Adapter, has_weight_form
+from ._errors import AdapterError
 from ._merge import merged
 from ._walk import adapters, candidates, require
 
@@ -62,6 +63,8 @@ def verify(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Verification:
         True
     """
     selection = require(model)
+    if selection.merged:
+        raise AdapterError(f"verify: {', '.join(selection.merged)} is merged into the base. Call unmerge first.")
     active = [item for item in adapters(model) if item[1] in selection.active]
     with _no_trace(model):
         ran = _run_backward(model, active, inputs, named_inputs)
@@ -88,7 +91,8 @@ def _run_backward(model: nn.Module, active: list[Named], inputs: Any, named_inpu
     reached = loss.requires_grad and wanted
     found = iter(torch.autograd.grad(loss, wanted, allow_unused=True) if reached else [None] * len(wanted))
     gradients = {id(adapter): [next(found) for p in adapter.parameters() if p.requires_grad] for *_, adapter in active}
-    return {key: value for key, value in gradients.items() if key in ran}
+    reached_any = {key for key, value in gradients.items() if any(gradient is not None for gradient in value)}
+    return {key: value for key, value in gradients.items() if key in ran | reached_any}
 
 
 def _loss(output: Any) -> Tensor:
@@ -115,12 +119,27 @@ def _adapter_problems(active: list[Named], ran: Gradients) -> Iterator[str]:
             yield f"{where} did not run: the model computes its host in another way. Target a module that it calls."
         elif not trained:
             yield f"{where} does not train: none of its parameters has requires_grad. Call train_only with its name."
-        elif not any(gradient is not None and gradient.any() for gradient in ran[id(adapter)]):
-            yield f"{where} got no gradient: its output does not reach the model's. Look for detach() or no_grad()."
         else:
-            for (key, p), gradient in zip(trained, ran[id(adapter)], strict=True):
-                if not p.any() and (gradient is None or not gradient.any()):
-                    yield f"{where} has a dead factor: {key} is all zero and gets no gradient. Reset the adapter."
+            yield from _factor_problems(where, trained, ran[id(adapter)])
+
+
+def _factor_problems(
+    where: str, trained: list[tuple[str, nn.Parameter]], gradients: list[Tensor | None]
+) -> Iterator[str]:
+    still = [
+        key for (key, _), gradient in zip(trained, gradients, strict=True) if gradient is None or not gradient.any()
+    ]
+    dead = [key for key, p in trained if key in still and not p.any()]
+    unread = [
+        key for (key, _), gradient in zip(trained, gradients, strict=True) if gradient is None and key not in dead
+    ]
+    if len(still) == len(trained) and not dead:
+        yield f"{where} got no gradient: its output does not reach the model's. Look for detach() or no_grad()."
+        return
+    for key in dead:
+        yield f"{where} has a dead factor: {key} is all zero and gets no gradient. Reset the adapter."
+    for key in unread:
+        yield f"{where}: {key} got no gradient, for the host does not read it. Leave it out."
 
 
 def _base_problems(model: nn.Module) -> Iterator[str]:
@@ -146,7 +165,9 @@ def _difference(model: nn.Module, active: list[Named], inputs: Any, named_inputs
 @contextlib.contextmanager
 def _no_trace(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (m, leaf, b, b.detach().clone()) for m in model.modules() for leaf, b in m._buffers.items() if b is not None
+    ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng([device.index for device in devices]):
@@ -155,5 +176,5 @@ def _no_trace(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for module, leaf, buffer, before in buffers:
+                module._buffers[leaf] = buffer.copy_(before)

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -13,10 +14,11 @@ from ._host import Selection, adapters_of, is_host, parts
 _views: weakref.WeakKeyDictionary[Selection, "weakref.WeakSet[Selection]"] = weakref.WeakKeyDictionary()
 
 
-def candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module of the model that is not of our making, once, under its first name."""
-    ours = {id(inner) for _, host in hosts(model) for inner in adapters_of(host).modules()}
-    return [(name, module) for name, module in model.named_modules() if id(module) not in ours]
+def candidates(model: nn.Module, *, aliases: bool = False) -> list[tuple[str, nn.Module]]:
+    """Every module of the model that is not of our making, under its first name, or under all its names."""
+    ours = {id(inner) for host in _all_hosts(model) for inner in adapters_of(host).modules()}
+    named = model.named_modules(remove_duplicate=not aliases)
+    return [(name, module) for name, module in named if id(module) not in ours]
 
 
 def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -74,11 +76,10 @@ def parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Paramet
 
 
 def require(model: nn.Module, names: Iterable[str] = ()) -> Selection:
-    """The selection that the model's hosts share, which knows all these names."""
-    host = next((host for _, host in hosts(model)), None)
-    if host is None:
+    """The selection that all hosts of the model share, which knows all these names."""
+    if not any(True for _ in _all_hosts(model)):
         raise AdapterError(f"{type(model).__name__} has no adapters. Put some in first: peftlib.inject(model, ...).")
-    selection = adapters_of(host).selection
+    selection = share_selection(model)
     for name in names:
         if name not in selection.count:
             known = ", ".join(map(repr, selection.count))
@@ -87,21 +88,45 @@ def require(model: nn.Module, names: Iterable[str] = ()) -> Selection:
 
 
 def share_selection(model: nn.Module) -> Selection:
-    """Makes all hosts of the model follow one selection: the sum of those that they followed before."""
-    found = {id(selection): selection for _, host in hosts(model) for selection in [adapters_of(host).selection]}
+    """Makes all hosts of the model follow one selection: parts that were adapted apart, or copied in, join here."""
+    found = {id(selection): selection for host in _all_hosts(model) for selection in [adapters_of(host).selection]}
     shared, *others = found.values() or [Selection()]
-    for other in others:
-        shared.active += tuple(name for name in other.active if name not in shared.active)
-        for name, count in other.count.items():
-            shared.count[name] = shared.count.get(name, 0) + count
     if others:
-        for _, host in hosts(model):
+        _join(shared, others)
+        for host in _all_hosts(model):
             adapters_of(host).selection = shared
     return shared
 
 
+def _join(shared: Selection, others: list[Selection]) -> None:
+    if any(selection.merged != shared.merged for selection in others):
+        raise AdapterError("a part of this model is merged and another is not. Call unmerge on the merged part first.")
+    for other in others:
+        shared.active += tuple(name for name in other.active if name not in shared.active)
+        shared.aside += tuple(name for name in other.aside if name not in shared.aside)
+        for name, count in other.count.items():
+            shared.count[name] = shared.count.get(name, 0) + count
+        _views.setdefault(shared, weakref.WeakSet()).update(_views.pop(other, ()))
+
+
+def _all_hosts(model: nn.Module) -> Iterator[Any]:
+    """Without names, which cost most of a walk: 0.4 ms for 882 hosts, against 2."""
+    stack, seen = [model], {id(model)}
+    while stack:
+        module = stack.pop()
+        host = is_host(module)
+        if host:
+            yield module
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in seen and not (host and name == "adapters"):
+                seen.add(id(child))
+                stack.append(child)
+
+
 def remember_view(original: Selection, view: Selection) -> None:
-    _views.setdefault(original, weakref.WeakSet()).add(view)
+    """A view of a view is one of the model that the first was made from."""
+    root = next((root for root, views in _views.items() if original in views), original)
+    _views.setdefault(root, weakref.WeakSet()).add(view)
 
 
 def require_no_views(selection: Selection, doing: str) -> None:

@@ -55,6 +55,7 @@ class Full(Adapter):
             self._copy(host, path, dtype)
 
     def _copy(self, host: nn.Module, path: str, dtype: str | torch.dtype | None) -> None:
+        _require_read(host, path)
         owner, leaf = _container(self.own, path)
         weight = weight_of(host, path)
         if not isinstance(weight, nn.Parameter):
@@ -80,6 +81,16 @@ class Full(Adapter):
 
     def file_keys(self) -> dict[str, str]:
         return {key.removeprefix(f"{_OWN}."): key for key in self.state_dict()}
+
+
+def _require_read(host: nn.Module, path: str) -> None:
+    """torch's hook-style weight_norm, spectral_norm and pruning compute `weight` before the host's forward begins."""
+    computed = path.rpartition("_")[0]
+    if isinstance(host.__dict__.get(computed), Tensor):
+        raise AdapterError(
+            f"{type(host).__name__}.{path}: a hook computes {computed!r} from it before forward, so a copy would not act. "
+            f"Use torch.nn.utils.parametrizations, remove the hook, or leave {path!r} out of params."
+        )
 
 
 def _chosen(host: nn.Module, params: str | Sequence[str] | None) -> dict[str, list[str]]:

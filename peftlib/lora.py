@@ -106,9 +106,11 @@ class LoRA(Adapter):
     @torch.no_grad()
     def reset_parameters(self, host: nn.Module | None = None) -> None:
         """Draws the factors again; "pissa" needs the host. A model on the meta device calls this once it is real."""
+        flat_A, flat_B = self.form.pair(self.lora_A, self.lora_B)
+        if self.init == "pissa":
+            _require_singular_vectors(self.rank, flat_B.shape[-2], flat_A.shape[-1])
         if self.lora_A.is_meta:
             return
-        flat_A, flat_B = self.form.pair(self.lora_A, self.lora_B)
         if self.init == "pissa":
             self._start_from_principal(host, flat_A, flat_B)
             return
@@ -120,11 +122,6 @@ class LoRA(Adapter):
         if host is None:
             raise AdapterError('LoRA with init="pissa" starts from its host\'s weight. Call reset_parameters(host).')
         matrix = self.form.matrix(weight_of(host, self.param).detach())
-        if self.rank > min(matrix.shape[-2:]):
-            raise AdapterError(
-                f"rank={self.rank}: a {list(matrix.shape)} matrix has {min(matrix.shape[-2:])} singular vectors. "
-                'Lower the rank, or use another init than "pissa".'
-            )
         A, B = principal_pair(matrix, self.rank)
         flat_A.copy_(A / math.sqrt(self.scale))
         flat_B.copy_(B / math.sqrt(self.scale))
@@ -171,7 +168,8 @@ class LoRA(Adapter):
     def _product(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         wide = torch.promote_types(lora_A.dtype, torch.float32)
         flat_A, flat_B = self.form.pair(lora_A.to(wide), lora_B.to(wide))
-        return flat_B @ flat_A
+        with torch.autocast(lora_A.device.type, enabled=False):
+            return flat_B @ flat_A
 
 
 def _draw(shape: torch.Size, init: str) -> Tensor:
@@ -195,6 +193,14 @@ def _check(rank: int, alpha: float, dropout: float, init: str) -> None:
         raise AdapterError(f"dropout={dropout!r}: the probability is in [0, 1). Pass dropout=0.1, say.")
     if init not in _INITS:
         raise AdapterError(f"init={init!r} is none of {', '.join(map(repr, _INITS))}. Pass one of them.")
+
+
+def _require_singular_vectors(rank: int, out: int, inputs: int) -> None:
+    if rank > min(out, inputs):
+        raise AdapterError(
+            f"rank={rank}: a [{out}, {inputs}] matrix has {min(out, inputs)} singular vectors. "
+            'Lower the rank, or use another init than "pissa".'
+        )
 
 
 def _matrix_named(host: nn.Module, param: str) -> Tensor:
