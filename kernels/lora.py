@@ -144,7 +144,7 @@ def join_pairs(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, T
     Example:
         >>> pairs = [(torch.randn(8, 32), torch.randn(48, 8), 2.0), (torch.randn(4, 32), torch.randn(48, 4), 0.5)]
         >>> lora_A, lora_B = join_pairs(pairs)
-        >>> lora_linear(torch.randn(7, 32), torch.randn(48, 32), None, lora_A, lora_B, scale=1.0).shape
+        >>> peftlib.kernels.lora_linear(torch.randn(7, 32), torch.randn(48, 32), None, lora_A, lora_B, scale=1.0).shape
         torch.Size([7, 48])
 
     Args:

@@ -64,8 +64,16 @@ class Adapter(nn.Module):
             return call(*args, **kwargs)
 
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
-        """The weight form: tensors, by name on the host, that would do the same. They are not yet rounded to the
-        host's dtype: type promotion with a float32 adapter does the right thing, and the caller rounds once.
+        """The weight form: tensors, by name on the host, that would do the same.
+
+        They are not yet rounded to the host's dtype: type promotion with a float32 adapter does the right thing, and
+        the caller rounds once.
+
+        Args:
+            host: the adapted module, its weights as what nests inside leaves them.
+
+        Returns:
+            dict[str, Tensor]: the folded weights by dotted name.
 
         Raises:
             AdapterError: this kind has no weight form.
@@ -169,11 +177,7 @@ def _flat_weights_shadowed(owners: Any) -> Iterator[None]:
 
 
 def full_config(kind: type[Adapter], config: dict[str, Any]) -> dict[str, Any]:
-    """The keywords with the constructor's defaults filled in, as they are saved: later defaults change no old file.
-
-    Raises:
-        AdapterError: a value that JSON cannot hold.
-    """
+    """The keywords with the constructor's defaults filled in, as they are saved: later defaults change no old file."""
     bound = _signature(kind).bind(None, **config)
     bound.apply_defaults()
     _, *given = bound.arguments.items()
@@ -203,11 +207,7 @@ def _dtype_name(value: Any) -> Any:
 
 
 def trainable_dtype(dtype: str | torch.dtype | None, weight: Tensor) -> torch.dtype:
-    """The adapter's own dtype: as asked, else float32 beside a half-precision or quantised weight.
-
-    Raises:
-        AdapterError: a name that is no floating-point dtype.
-    """
+    """The adapter's own dtype: as asked, else float32 beside a half-precision or quantised weight."""
     if dtype is None:
         return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

@@ -29,7 +29,7 @@ class Folded:
 
     def rounded(self) -> Tensor:
         rounded = self.value.to(self.base.dtype)
-        if not rounded.isfinite().all() and self.base.isfinite().all():
+        if not (self.base.is_meta or rounded.isfinite().all()) and self.base.isfinite().all():
             raise AdapterError(
                 f"cannot merge into {self.name}: the result has NaN or infinity in {self.base.dtype}. "
                 "Keep the adapter live, or widen the weight first."
@@ -85,7 +85,11 @@ def _item(host_name: str, host: nn.Module, path: str, value: Tensor) -> Folded:
             "(torch.nn.utils.parametrize.remove_parametrizations), or keep the adapter live."
         )
     if own.is_meta or value.is_meta or own.shape != value.shape:
-        found = "on the meta device" if own.is_meta or value.is_meta else f"{list(own.shape)} and its folded form {list(value.shape)}"
+        found = (
+            "on the meta device"
+            if own.is_meta or value.is_meta
+            else f"{list(own.shape)} and its folded form {list(value.shape)}"
+        )
         raise AdapterError(f"cannot merge into {name}: it is {found}. Materialise the model, or mend the kind's fold.")
     return Folded(name, owner, leaf, value)
 

@@ -141,7 +141,7 @@ def _bends_lookup(host: nn.Module) -> bool:
     return lookup and (host.max_norm is not None or host.scale_grad_by_freq or getattr(host, "mode", "sum") == "max")
 
 
-def linear_term(host: nn.Module, A: Tensor, B: Tensor, input: Tensor) -> Tensor:
+def linear_term(_: nn.Module, A: Tensor, B: Tensor, input: Tensor) -> Tensor:
     return F.linear(F.linear(input, A), B)
 
 

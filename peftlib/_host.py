@@ -142,7 +142,8 @@ def adopt(name: str, host: Any, selection: Selection) -> None:
         host.__class__ = _adapted(type(host))
     except TypeError as error:
         raise AdapterError(
-            f"{name or 'the root'}: {type(host).__name__} cannot change its class ({error}). Wrap it in a plain nn.Module and adapt that."
+            f"{name or 'the root'}: {type(host).__name__} cannot change its class ({error}). "
+            "Wrap it in a plain nn.Module and adapt that."
         ) from None
 
 
@@ -175,7 +176,8 @@ def take(host: nn.Module, adapter: Adapter) -> None:
 def require_on_top(name: str, host: nn.Module) -> None:
     if "forward" in host.__dict__:
         raise AdapterError(
-            f"{name or 'the root'}: a forward was put on this {type(host).__name__} itself after inject. Undo that first."
+            f"{name or 'the root'}: a forward was put on this {type(host).__name__} itself after inject. "
+            "Undo that first, then eject."
         )
     if Adapted not in type(host).__bases__:
         own = base_type(type(host)).__name__

@@ -170,7 +170,8 @@ def _stream(model: nn.Module, folded: Iterator[tuple[nn.Module, list[Folded]]]) 
                 done.add(id(step[0]))
                 ready.update({id(item.base): item.rounded() for item in step[1]})
         waiting[id(tensor)] -= 1
-        yield key, ready.get(id(tensor), tensor).detach()
+        folded_in: Tensor = ready.get(id(tensor), tensor)
+        yield key, folded_in.detach()
         if not waiting[id(tensor)]:
             ready.pop(id(tensor), None)
     ready.update({id(item.base): item.base for _, items in folded for item in items})

@@ -68,8 +68,8 @@ def plan(model: nn.Module, targets: Targets, kind: type[Adapter], *, exclude: Ta
         >>> import torch, peftlib
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
         >>> print(peftlib.plan(model, torch.nn.Linear, peftlib.LoRA, rank=2))
-        host  kind  shapes                      parameters  Adam state
-        ----  ----  --------------------------  ----------  ----------
+        host  kind  shapes                       parameters  Adam state
+        ----  ----  ---------------------------  ----------  ----------
         0     LoRA  lora_A [2, 8] lora_B [8, 2]          32  256 B
         2     LoRA  lora_A [2, 8] lora_B [2, 2]          20  160 B
         2 adapters, 52 trainable parameters, 416 B of Adam state

@@ -123,22 +123,19 @@ def _adapter_problems(active: list[Named], ran: Gradients) -> Iterator[str]:
             yield from _factor_problems(where, trained, ran[id(adapter)])
 
 
-def _factor_problems(
-    where: str, trained: list[tuple[str, nn.Parameter]], gradients: list[Tensor | None]
-) -> Iterator[str]:
-    still = [
-        key for (key, _), gradient in zip(trained, gradients, strict=True) if gradient is None or not gradient.any()
-    ]
-    dead = [key for key, p in trained if key in still and not p.any()]
-    unread = [
-        key for (key, _), gradient in zip(trained, gradients, strict=True) if gradient is None and key not in dead
-    ]
-    if len(still) == len(trained) and not dead:
+def _factor_problems(where: str, trained: list[tuple[str, nn.Parameter]], found: list[Tensor | None]) -> Iterator[str]:
+    if all(gradient is None for gradient in found):
         yield f"{where} got no gradient: its output does not reach the model's. Look for detach() or no_grad()."
         return
-    for key in dead:
-        yield f"{where} has a dead factor: {key} is all zero and gets no gradient. Reset the adapter."
-    for key in unread:
+    by_key = dict(zip([key for key, _ in trained], found, strict=True))
+    still = [key for key, gradient in by_key.items() if gradient is None or not gradient.any()]
+    dead = [key for key, p in trained if key in still and not p.any()]
+    if dead:
+        zero = ", ".join(f"{key} is all zero and gets no gradient" for key in dead)
+        yield f"{where} has a dead factor: {zero}. Reset the adapter."
+    elif len(still) == len(trained):
+        yield f"{where} got no gradient: every one is zero. Look for a factor of zero behind it."
+    for key in (key for key, gradient in by_key.items() if gradient is None and key not in dead):
         yield f"{where}: {key} got no gradient, for the host does not read it. Leave it out."
 
 

@@ -88,8 +88,8 @@ def _require_read(host: nn.Module, path: str) -> None:
     computed = path.rpartition("_")[0]
     if isinstance(host.__dict__.get(computed), Tensor):
         raise AdapterError(
-            f"{type(host).__name__}.{path}: a hook computes {computed!r} from it before forward, so a copy would not act. "
-            f"Use torch.nn.utils.parametrizations, remove the hook, or leave {path!r} out of params."
+            f"{type(host).__name__}.{path}: a hook computes {computed!r} from it before forward, so a copy would not "
+            f"act. Use torch.nn.utils.parametrizations, remove the hook, or leave {path!r} out of params."
         )
 
 

@@ -1,5 +1,6 @@
 """LoRA: a trainable low-rank pair beside a frozen weight."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -143,8 +144,9 @@ class LoRA(Adapter):
             return super().forward(host, call, *args, **kwargs)
         if self.fused and runs_bare(host, call):
             (x,) = args or kwargs.values()
+            linear: Any = host
             return lora_linear(
-                x, host.weight, host.bias, self.lora_A, self.lora_B, self.scale, self.dropout, self.training
+                x, linear.weight, linear.bias, self.lora_A, self.lora_B, self.scale, self.dropout, self.training
             )
         y = call(*args, **kwargs)
         return torch.add(y, self._low_rank(host, *args, **kwargs).to(y.dtype), alpha=self.scale)
@@ -168,7 +170,7 @@ class LoRA(Adapter):
     def _product(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         wide = torch.promote_types(lora_A.dtype, torch.float32)
         flat_A, flat_B = self.form.pair(lora_A.to(wide), lora_B.to(wide))
-        with torch.autocast(lora_A.device.type, enabled=False):
+        with contextlib.nullcontext() if lora_A.is_meta else torch.autocast(lora_A.device.type, enabled=False):
             return flat_B @ flat_A
 
 

@@ -42,7 +42,7 @@ class Network(nn.Module):
         return self.head(x)
 
 
-class Gain(peftlib.Adapter):
+class HelperGain(peftlib.Adapter):
     """A user's own kind with only a weight form: one factor for the whole weight."""
 
     def __init__(self, host: Any, start: float = 1.0) -> None:
@@ -51,6 +51,9 @@ class Gain(peftlib.Adapter):
 
     def fold(self, host: Any) -> dict[str, Tensor]:
         return {"weight": host.weight * self.gain}
+
+
+Gain = HelperGain  # kinds are known by name for the whole run, and the pages define a Gain of their own
 
 
 class Offset(peftlib.Adapter):

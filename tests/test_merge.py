@@ -336,7 +336,7 @@ def test_full_around_lora_hosts_merges_to_what_runs(inner, outer):
 def test_full_on_a_sequential_runs_and_merges():
     """A Sequential calls its children one after another, and `adapters` is none of those."""
     model = chain(chain(nn.Linear(4, 4), nn.Linear(4, 4)))
-    peftlib.inject(model, "0", Full)
+    peftlib.inject(model, lambda name, module: name == "0", Full)
     moved(model)
     own = dict(next(adapter for *_, adapter in peftlib.adapters(model)).own.named_parameters())
     x = torch.randn(3, 4)
