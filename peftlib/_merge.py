@@ -160,7 +160,9 @@ def merged_state_dict(model: nn.Module, *names: str) -> Iterator[tuple[str, Tens
 def _stream(model: nn.Module, folded: Iterator[tuple[nn.Module, list[Folded]]]) -> Iterator[tuple[str, Tensor]]:
     ours = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Adapters)}
     by_name = dict(hosts(model))
-    state = {k: v for k, v in model.state_dict(keep_vars=True).items() if not any(p in ours for p in _prefixes(k))}
+    state: dict[str, Tensor] = {
+        k: v for k, v in model.state_dict(keep_vars=True).items() if not any(p in ours for p in _prefixes(k))
+    }
     waiting = Counter(id(tensor) for tensor in state.values())
     done: set[int] = set()
     ready: dict[int, Tensor] = {}
@@ -170,8 +172,7 @@ def _stream(model: nn.Module, folded: Iterator[tuple[nn.Module, list[Folded]]]) 
                 done.add(id(step[0]))
                 ready.update({id(item.base): item.rounded() for item in step[1]})
         waiting[id(tensor)] -= 1
-        folded_in: Tensor = ready.get(id(tensor), tensor)
-        yield key, folded_in.detach()
+        yield key, ready.get(id(tensor), tensor).detach()
         if not waiting[id(tensor)]:
             ready.pop(id(tensor), None)
     ready.update({id(item.base): item.base for _, items in folded for item in items})

@@ -68,6 +68,11 @@ def _no_input(host: Host) -> str:
     return host.no_lora or ("" if host.own_input else "no input of its own")
 
 
+def _hooked(host: Host) -> str:
+    """A hook computes the weight before the host's forward, so a copy of what it computes from would not act."""
+    return "a hook computes 'weight' from it" if host.settles else ""
+
+
 def _lora(name: str, refuses: Callable[[Host], str] = _no_matrix, **config: Any) -> Kind:
     flags = {key: config.pop(key) for key in ("random", "extra") if key in config}
     return Kind(name, peftlib.LoRA, {"rank": 2, "alpha": 3.0, **config}, _low_rank_weights, refuses, **flags)
@@ -79,7 +84,7 @@ KINDS = [
     _lora("lora-pissa", init="pissa", rank_stabilized=True),
     _lora("lora-gaussian", init="gaussian", rank_stabilized=True, extra=True),
     _lora("lora-orthogonal", init="orthogonal", extra=True),
-    Kind("full", peftlib.Full, {}, _own_weights, lambda host: "", plain=False, pins_values=lambda host: host.pins),
+    Kind("full", peftlib.Full, {}, _own_weights, _hooked, plain=False, pins_values=lambda host: host.pins),
 ]
 
 CELLS = [(kind, host) for kind in KINDS for host in HOSTS]
@@ -222,7 +227,7 @@ def jitter(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dense_rounded(kind: Kind, host: Host, model: nn.Module, dtype: torch.dtype, **how: Any) -> list[Result]:
-    return [dense(kind, host, model, dtype, dtype, draw, **how) for draw in (0, 1, 2)]
+    return [dense(kind, host, model, dtype, dtype, draw, **how) for draw in range(6)]
 
 
 def _run_dense(

@@ -165,8 +165,8 @@ HOSTS = {
     "a child that its parent reads, with a kind that has no path into it": Refusal(
         lambda: chain(nn.MultiheadAttention(4, 2)),
         inject("out_proj", Gain),
-        r"cannot put Gain into 0\.out_proj: MultiheadAttention reads the weights of its child 'out_proj' without "
-        r"calling it, so Gain there would never run\. Target the MultiheadAttention itself\.",
+        r"cannot put HelperGain into 0\.out_proj: MultiheadAttention reads the weights of its child 'out_proj' without "
+        r"calling it, so HelperGain there would never run\. Target the MultiheadAttention itself\.",
     ),
 }
 
@@ -323,12 +323,12 @@ CONFIGS = {
     "a configuration that JSON cannot hold": Refusal(
         linears,
         inject(["0", "1"], Gain, start=torch.tensor(1.0)),
-        r"cannot put Gain into 0: Gain: its configuration \{'start': tensor\(1\.\)\} cannot be saved \(.*\)\. Use.*\.",
+        r"cannot put HelperGain into 0: HelperGain: its configuration \{'start': tensor\(1\.\)\} cannot be saved .*\.",
     ),
     "a configuration that is not finite": Refusal(
         linears,
         inject("0", Gain, start=float("inf")),
-        r"cannot put Gain into 0: Gain: its configuration \{'start': inf\} cannot be saved \(.*\)\. Use numbers.*\.",
+        r"cannot put HelperGain into 0: HelperGain: its configuration \{'start': inf\} cannot be saved \(.*\)\. .*",
     ),
 }
 
