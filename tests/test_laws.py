@@ -179,10 +179,16 @@ def cotangents(outputs: list[Tensor]) -> list[Tensor]:
     return [torch.randn(tensor.shape).to(tensor) for tensor in outputs]
 
 
-def live(model: nn.Module, host: Host, dtype: torch.dtype = torch.float32) -> Result:
-    """The adapted model's own forward and backward."""
+def live(
+    model: nn.Module,
+    host: Host,
+    dtype: torch.dtype = torch.float32,
+    around: Callable[[], Any] = contextlib.nullcontext,
+) -> Result:
+    """The adapted model's own forward, in a context, and backward outside it, as torch advises for autocast."""
     arguments, keywords = host.arguments(dtype, track=True)
-    outputs = floating(model(*arguments, **keywords))
+    with around():
+        outputs = floating(model(*arguments, **keywords))
     named = {f"{at} {name} {key}": p for at, name, part in peftlib.adapters(model) for key, p in keyed(part)}
     inputs = [leaf for leaf in floating(arguments) if leaf.requires_grad]
     found = torch.autograd.grad(outputs, [*named.values(), *inputs], cotangents(outputs))
@@ -227,7 +233,7 @@ def jitter(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def dense_rounded(kind: Kind, host: Host, model: nn.Module, dtype: torch.dtype, **how: Any) -> list[Result]:
-    return [dense(kind, host, model, dtype, dtype, draw, **how) for draw in range(6)]
+    return [dense(kind, host, model, dtype, dtype, draw, **how) for draw in (0, 1, 2)]
 
 
 def _run_dense(
@@ -596,8 +602,7 @@ def test_autocast_equals_the_dense_reference(kind, host):
     model = adapted(kind, host).eval() if kind.random else adapted(kind, host)
     exact = dense(kind, host, model, torch.float32, torch.float64)
     rounded = dense_rounded(kind, host, model, torch.float32, around=cast)
-    with cast():
-        found = live(model, host)
+    found = live(model, host, around=cast)
     assert [t.dtype for t in found.outputs] == [t.dtype for t in rounded[0].outputs]
     assert_close(found, exact, rounded, torch.bfloat16)
 
