@@ -36,7 +36,7 @@ lint: .venv/.with-lint .venv/.with-test .venv/.with-demo
 
 bench: .venv/.with-bench .venv/.with-test
 	mkdir -p benchmarks/results
-	$(PYTEST) benchmarks -o python_files='bench_*.py' -W default --benchmark-json=benchmarks/results/latest.json
+	$(PYTEST) benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -W default --benchmark-json=benchmarks/results/latest.json
 	$(BIN)/python benchmarks/report.py
 
 gpu-check: .venv/.with-test
