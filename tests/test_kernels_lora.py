@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import peftlib
 from peftlib.kernels import aten, join_pairs, lora_add, lora_embedding, lora_linear, reference
 from peftlib.kernels import lora as paths
 from peftlib.kernels.dropout import KeepMask, draw_seed, draw_small
@@ -580,7 +581,8 @@ def test_swapped_factors_are_noticed():
 
 
 def test_the_examples_run():
-    names = {"torch": torch, "lora_linear": lora_linear, "lora_add": lora_add, "join_pairs": join_pairs}
+    names = {"torch": torch, "peftlib": peftlib, "join_pairs": join_pairs}
+    names |= {"lora_linear": lora_linear, "lora_add": lora_add}
     assert doctest.testmod(paths, extraglobs=names).failed == 0
 
 
