@@ -29,7 +29,7 @@ class Undo(Generic[M]):
 def activate(model: M, *names: str) -> Undo[M]:
     """Makes exactly these adapters act, their effects summed; with no name, the base alone.
 
-    Costs the same for any number of layers, and moves no `requires_grad` (`train_only` does).
+    Costs one bare walk over the modules, and moves no `requires_grad` (`train_only` does); a `view` needs no walk.
 
     Args:
         model: a model with adapters.
