@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .lora_autograd import without_autocast
+
 
 def lora_embedding(
     y: Tensor, ids: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, padding_idx: int | None = None
@@ -26,7 +28,7 @@ def lora_embedding(
         lora_A: [rank, entries], in any floating dtype.
         lora_B: [dim, rank].
         scale: s, alpha / rank.
-        padding_idx: the entry whose column of A gets no gradient, at least 0; default none.
+        padding_idx: the entry whose row of the table, and so of the sum, does not learn, at least 0; default none.
 
     Returns:
         [..., dim], in the dtype of y.
@@ -39,8 +41,11 @@ def lora_embedding(
     """
     flat = ids.reshape(-1)
     # By columns 154 µs forward and 339 back (32,000 entries, 512 tokens, rank 8); through F.embedding and Aᵀ 200, 597.
-    h = lora_A.index_select(1, flat)  # [rank, tokens]
-    if padding_idx is not None:
-        h = torch.where(flat == padding_idx, h.detach(), h)
-    term = torch.addmm(y.reshape(-1, y.shape[-1]), h.to(y.dtype).t(), lora_B.to(y.dtype).t(), alpha=scale)
-    return term.to(y.dtype).view(y.shape)
+    h = lora_A.index_select(1, flat).to(y.dtype)  # [rank, tokens]
+    thin = lora_B.to(y.dtype).t()
+    learns = h if padding_idx is None else h.masked_fill(flat == padding_idx, 0.0)
+    with without_autocast(y):
+        term = torch.addmm(y.reshape(-1, y.shape[-1]), learns.t(), thin, alpha=scale)
+        if padding_idx is not None:
+            term = term.addmm_((h - learns).detach().t(), thin.detach(), alpha=scale)
+    return term.view(y.shape)

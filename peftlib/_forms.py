@@ -166,7 +166,7 @@ def _convolve(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     return convolve(x, weight, groups=groups)
 
 
-def _embedding_term(host: Any, A: Tensor, B: Tensor, input: Tensor) -> Tensor:
+def embedding_term(host: Any, A: Tensor, B: Tensor, input: Tensor) -> Tensor:
     term = F.linear(F.embedding(input, A.T, host.padding_idx), B)
     if host.padding_idx is None:
         return term
@@ -189,7 +189,7 @@ _TERMS: tuple[tuple[type[nn.Module], Term], ...] = (
     (nn.Linear, linear_term),
     *((conv, _conv_term) for conv in _CONVS),
     *((conv, _transposed_term) for conv in _TRANSPOSED),
-    (nn.Embedding, _embedding_term),
+    (nn.Embedding, embedding_term),
     (nn.EmbeddingBag, _bag_term),
 )
 

@@ -1,6 +1,7 @@
 """LoRA: a trainable low-rank pair beside a frozen weight."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ._adapter import Adapter, trainable_dtype, weight_of
 from ._errors import AdapterError
 from ._forms import (
+    embedding_term,
     form_of,
     is_plain_linear,
     linear_term,
@@ -22,7 +24,7 @@ from ._forms import (
     weight_shape,
 )
 from ._host import runs_bare
-from .kernels import lora_linear
+from .kernels import join_pairs, lora_add, lora_embedding, lora_linear
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
 
@@ -87,7 +89,7 @@ class LoRA(Adapter):
         self.param, self.rank, self.dropout, self.init = param, rank, float(dropout), init
         self.scale = alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
         self.form, self.term = form_of(host, param, shape), term_of(host, param)
-        self.fused = is_plain_linear(host) and self.term is linear_term and init != "pissa"
+        self.kernel = None if init == "pissa" else _kernel_of(host, self.term)
         if self.term is None:
             require_shadow(host, param)
         if dropout and (self.term is None or self.form.looks_up):
@@ -142,14 +144,37 @@ class LoRA(Adapter):
     def forward(self, host: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
         if self.term is None:
             return super().forward(host, call, *args, **kwargs)
-        if self.fused and runs_bare(host, call):
-            (x,) = args or kwargs.values()
-            linear: Any = host
-            return lora_linear(
-                x, linear.weight, linear.bias, self.lora_A, self.lora_B, self.scale, self.dropout, self.training
-            )
+        if self.kernel is lora_linear:
+            joined, inside = self._joined(call)
+            if runs_bare(host, inside):
+                return self._linear(host, joined, *args, **kwargs)
         y = call(*args, **kwargs)
-        return torch.add(y, self._low_rank(host, *args, **kwargs).to(y.dtype), alpha=self.scale)
+        if self.kernel is None:
+            return torch.add(y, self._low_rank(host, *args, **kwargs).to(y.dtype), alpha=self.scale)
+        return self._add(host, y, *args, **kwargs)
+
+    def _joined(self, call: Any) -> tuple[list["LoRA"], Any]:
+        """This pair and those around which it stands that one product serves with it, and the call without them."""
+        joined = [self]
+        while self._drops_nothing and isinstance(call, functools.partial) and _joins(call.func):
+            joined.append(call.func)
+            call = call.args[1]
+        return joined, call
+
+    @property
+    def _drops_nothing(self) -> bool:
+        return not (self.dropout and self.training)
+
+    def _linear(self, host: Any, joined: list["LoRA"], input: Tensor) -> Tensor:
+        pair = (self.lora_A, self.lora_B, self.scale)
+        if len(joined) > 1:
+            pair = (*join_pairs([(each.lora_A, each.lora_B, each.scale) for each in joined]), 1.0)
+        return lora_linear(input, host.weight, host.bias, *pair, self.dropout, self.training)
+
+    def _add(self, host: Any, y: Tensor, input: Tensor) -> Tensor:
+        if self.kernel is lora_embedding:
+            return lora_embedding(y, input, self.lora_A, self.lora_B, self.scale, host.padding_idx)
+        return lora_add(y, input, self.lora_A, self.lora_B, self.scale, self.dropout, self.training)
 
     def _low_rank(self, host: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x = F.dropout(input, self.dropout, self.training) if self.dropout else input
@@ -172,6 +197,16 @@ class LoRA(Adapter):
         flat_A, flat_B = self.form.pair(lora_A.to(wide), lora_B.to(wide))
         with contextlib.nullcontext() if lora_A.is_meta else torch.autocast(lora_A.device.type, enabled=False):
             return flat_B @ flat_A
+
+
+def _kernel_of(host: nn.Module, term: Any) -> Any:
+    if term is linear_term:
+        return lora_linear if is_plain_linear(host) else lora_add
+    return lora_embedding if term is embedding_term else None
+
+
+def _joins(adapter: Adapter) -> bool:
+    return type(adapter) is LoRA and adapter.kernel is lora_linear and adapter._drops_nothing
 
 
 def _draw(shape: torch.Size, init: str) -> Tensor:

@@ -675,10 +675,12 @@ def test_compiled_there_is_one_graph_for_each_combination(kind, host, fresh_dyna
     rounded = dense_rounded(kind, host, model, torch.float32)
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
+    start = copy.deepcopy(model.state_dict())
     with without_fast_path():  # Dynamo traces attention's slow path, which rounds otherwise
         with peftlib.activate(model):
             without = plain_call(model, host)
         for _ in range(2):
+            model.load_state_dict(start)  # by itself, an embedding with max_norm rescales its own weight
             assert_close(Result(plain_call(compiled, host)), exact, rounded, torch.float32)
             with peftlib.activate(model):
                 assert same(plain_call(compiled, host), without)
@@ -699,6 +701,7 @@ def test_compiled_gradients_are_equal(kind, host, fresh_dynamo):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # Inductor's own
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name in ("lora", "full")], ids=lambda kind: kind.name)
 def test_inductor_agrees(kind, fresh_dynamo):
     host = next(host for host in HOSTS if host.name == "linear")
