@@ -1,5 +1,6 @@
 """The hot paths of the adapters, each usable by itself; importing this imports no Triton."""
 
+from .dropped import dropped as dropped
 from .embedding import lora_embedding as lora_embedding
 from .lora import join_pairs as join_pairs
 from .lora import lora_add as lora_add

@@ -62,10 +62,12 @@ def _forward_around(cls: Any) -> Callable[..., Any]:
         adapters = self._modules["adapters"]
         active = adapters.selection.active
         call = self.__dict__.get(_INNER) or super(Adapted, self).forward  # pyright: ignore[reportAttributeAccessIssue]
+        outermost = None
         for adapter in adapters._modules.values():
             if adapter.name in active:
-                call = functools.partial(adapter, self, call)
-        return call(*args, **kwargs)
+                call = call if outermost is None else functools.partial(outermost, self, call)
+                outermost = adapter
+        return call(*args, **kwargs) if outermost is None else outermost(self, call, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(cls.forward)  # pyright: ignore[reportFunctionMemberAccess]
     return forward

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._adapter import Adapter, trainable_dtype, weight_of
@@ -24,7 +23,7 @@ from ._forms import (
     weight_shape,
 )
 from ._host import runs_bare
-from .kernels import join_pairs, lora_add, lora_embedding, lora_linear
+from .kernels import dropped, join_pairs, lora_add, lora_embedding, lora_linear
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
 
@@ -141,55 +140,57 @@ class LoRA(Adapter):
         prefix = "" if self.param == "weight" else f"{self.param}."
         return {prefix + key: key for key in self.state_dict()}
 
-    def forward(self, host: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.kernel is lora_linear and runs_bare(host, call):
+            (x,) = args or kwargs.values()
+            return lora_linear(
+                x, host.weight, host.bias, self.lora_A, self.lora_B, self.scale, self.dropout, self.training
+            )
         if self.term is None:
             return super().forward(host, call, *args, **kwargs)
-        if self.kernel is lora_linear:
-            joined, inside = self._joined(call)
-            if runs_bare(host, inside):
-                return self._linear(host, joined, *args, **kwargs)
-        y = call(*args, **kwargs)
-        if self.kernel is None:
-            return torch.add(y, self._low_rank(host, *args, **kwargs).to(y.dtype), alpha=self.scale)
-        return self._add(host, y, *args, **kwargs)
+        joined = self._joined(host, call)
+        if joined:
+            (x,) = args or kwargs.values()
+            return lora_linear(x, host.weight, host.bias, *joined, 1.0)
+        return self._add(host, call(*args, **kwargs), *args, **kwargs)
 
-    def _joined(self, call: Any) -> tuple[list["LoRA"], Any]:
-        """This pair and those around which it stands that one product serves with it, and the call without them."""
-        joined = [self]
-        while self._drops_nothing and isinstance(call, functools.partial) and _joins(call.func):
-            joined.append(call.func)
+    def _joined(self, host: nn.Module, call: Any) -> tuple[Tensor, Tensor] | None:
+        """One pair for this adapter and all that it stands around, where one product serves them."""
+        together: list[Any] = [self]
+        while isinstance(call, functools.partial) and _joins(call.func):
+            together.append(call.func)
             call = call.args[1]
-        return joined, call
+        if not _joins(self) or not runs_bare(host, call):
+            return None
+        return join_pairs([(each.lora_A, each.lora_B, each.scale) for each in reversed(together)])
 
-    @property
-    def _drops_nothing(self) -> bool:
-        return not (self.dropout and self.training)
-
-    def _linear(self, host: Any, joined: list["LoRA"], input: Tensor) -> Tensor:
-        pair = (self.lora_A, self.lora_B, self.scale)
-        if len(joined) > 1:
-            pair = (*join_pairs([(each.lora_A, each.lora_B, each.scale) for each in joined]), 1.0)
-        return lora_linear(input, host.weight, host.bias, *pair, self.dropout, self.training)
-
-    def _add(self, host: Any, y: Tensor, input: Tensor) -> Tensor:
+    def _add(self, host: Any, y: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.kernel is None:
+            return torch.add(y, self._low_rank(host, input, *args, **kwargs).to(y.dtype), alpha=self.scale)
         if self.kernel is lora_embedding:
             return lora_embedding(y, input, self.lora_A, self.lora_B, self.scale, host.padding_idx)
         return lora_add(y, input, self.lora_A, self.lora_B, self.scale, self.dropout, self.training)
 
     def _low_rank(self, host: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x = F.dropout(input, self.dropout, self.training) if self.dropout else input
-        dtype = x.dtype if x.is_floating_point() else self.lora_A.dtype
+        dtype = input.dtype if input.is_floating_point() else self.lora_A.dtype
         term: Any = self.term
-        return self._trained(lambda A, B: term(host, A.to(dtype), B.to(dtype), x, *args, **kwargs))
+
+        def product(x: Tensor, *pair: Tensor) -> Tensor:
+            return self._trained(lambda A, B: term(host, A.to(dtype), B.to(dtype), x, *args, **kwargs), *pair)
+
+        return dropped(product, input, self.lora_A, self.lora_B, dropout=self.dropout if self.training else 0.0)
 
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
         """The host's weight plus s B A, the product taken in float32 or wider."""
         weight = weight_of(host, self.param)
-        return {self.param: weight + self.scale * self.form.weight(self._trained(self._product), weight.shape)}
+        return {
+            self.param: weight
+            + self.scale * self.form.weight(self._trained(self._product, self.lora_A, self.lora_B), weight.shape)
+        }
 
-    def _trained(self, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def _trained(self, of: Callable[[Tensor, Tensor], Tensor], lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """What the pair gives, less what it gave at the start where it did not start at zero."""
-        now = of(self.lora_A, self.lora_B)
+        now = of(lora_A, lora_B)
         return now - of(self.initial_A, self.initial_B) if self.init == "pissa" else now
 
     def _product(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -205,8 +206,8 @@ def _kernel_of(host: nn.Module, term: Any) -> Any:
     return lora_embedding if term is embedding_term else None
 
 
-def _joins(adapter: Adapter) -> bool:
-    return type(adapter) is LoRA and adapter.kernel is lora_linear and adapter._drops_nothing
+def _joins(adapter: Any) -> bool:
+    return type(adapter) is LoRA and adapter.kernel is lora_linear and not (adapter.dropout and adapter.training)
 
 
 def _draw(shape: torch.Size, init: str) -> Tensor:

@@ -27,7 +27,7 @@ LAYERS = [
     "kernels.triton_steps",
     "kernels.steps",
     "kernels.lora_autograd",
-    "kernels.lora kernels.embedding",
+    "kernels.dropped kernels.lora kernels.embedding",
     "kernels.gpu_check",
     "kernels",
     "_errors _table",

@@ -1,0 +1,82 @@
+"""A function of a dropped input that keeps the input itself: the mask is drawn again from its seed, not kept."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import Function
+from torch.compiler import is_compiling
+from torch.nn import functional as F
+
+from .aten import keep_mask
+from .dropout import draw_seed
+from .reference import survivors_scale
+
+
+def dropped(of: Callable[..., Tensor], x: Tensor, *weights: Tensor, dropout: float) -> Tensor:
+    """Applies a function to a dropped input, and keeps neither the mask nor the dropped input for backward.
+
+    of(drop(x), *weights)
+
+    Backward draws the mask again from its seed and computes `of` again, so it is for what is cheap beside the base: a
+    thin product. On a 3×3 convolution of 64 channels, 8 images of 28×28, LoRA keeps 1.6 MB so, and plain ops 5.0.
+
+    Example:
+        >>> x, weight = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3, requires_grad=True)
+        >>> dropped(torch.nn.functional.conv2d, x, weight, dropout=0.1).shape
+        torch.Size([2, 4, 6, 6])
+
+    Args:
+        of: gives one tensor from the dropped x and the weights, and reads nothing else that requires a gradient.
+        x: [..., columns].
+        *weights: what `of` gets behind x.
+        dropout: the probability that an element of x is dropped, in [0, 1]; the others are scaled by 1/(1-p).
+
+    Returns:
+        What `of` returns.
+    """
+    if not dropout:
+        return of(x, *weights)
+    if is_compiling() or _are_functorch_transforms_active():
+        return of(F.dropout(x, dropout), *weights)
+    return _Dropped.apply(of, dropout, x, *weights)
+
+
+class _Dropped(Function):
+    @staticmethod
+    def forward(ctx: Any, of: Callable[..., Tensor], dropout: float, x: Tensor, *weights: Tensor) -> Tensor:
+        seed = draw_seed(_planes(x))
+        ctx.save_for_backward(seed, x, *weights)
+        ctx.of, ctx.dropout, ctx.autocast = of, dropout, _autocast(x)
+        return of(x * _keep(x, dropout, seed), *weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        seed, *inputs = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # under create_graph the gradient is differentiated in its turn
+        needed = ctx.needs_input_grad[2:]
+        if not again:
+            inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, needed, strict=True)]
+        x, *weights = inputs
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            y = ctx.of(x * _keep(x, ctx.dropout, seed), *weights)
+        wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, grad_outputs, create_graph=again))
+        return None, None, *(next(found) if need else None for need in needed)
+
+
+def _autocast(x: Tensor) -> dict[str, Any]:
+    device = x.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return {"device_type": device, "enabled": enabled, "dtype": torch.get_autocast_dtype(device)}
+
+
+def _keep(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    return keep_mask(_planes(x), dropout, seed).mul_(survivors_scale(dropout)).view(x.shape)
+
+
+def _planes(x: Tensor) -> Tensor:
+    """[..., columns] as a matrix; of an image whole planes are its rows, since each row of a mask takes a key."""
+    return x.detach().reshape(x.shape[0] * x.shape[1], -1) if x.dim() > 3 else x.detach().reshape(-1, x.shape[-1])
