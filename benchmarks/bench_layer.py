@@ -21,7 +21,7 @@ def _linear(inputs: int, outputs: int) -> nn.Sequential:
 )
 def bench_layer(contest, tokens: int, inputs: int, outputs: int, dropout: float) -> None:
     x = torch.randn(tokens, inputs, requires_grad=True)
-    models = {"base": _linear(inputs, outputs), "peftlib": with_peftlib(_linear(inputs, outputs), 8, dropout)}
+    models = {"base": _linear(inputs, outputs), "peftlib": with_peftlib(_linear(inputs, outputs), 8, dropout, ["q"])}
     models |= {name: put_in(_linear(inputs, outputs), 8, dropout) for name, put_in in PEERS.items()}
     runs = {name: step(model, x) for name, model in models.items()}
     contest(f"layer {tokens}x{inputs}->{outputs} r=8 p={dropout}", runs, tests=TESTS)
@@ -37,7 +37,7 @@ def _convolution(channels: int) -> nn.Sequential:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def bench_convolution(contest, dropout: float) -> None:
     x = torch.randn(8, 64, 28, 28, requires_grad=True)
-    models = {"base": _convolution(64), "peftlib": with_peftlib(_convolution(64), 8, dropout)}
+    models = {"base": _convolution(64), "peftlib": with_peftlib(_convolution(64), 8, dropout, ["q"])}
     models["HF peft"] = PEERS["HF peft"](_convolution(64), 8, dropout)
     runs = {name: step(model, x) for name, model in models.items()}
     contest(

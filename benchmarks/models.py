@@ -42,8 +42,8 @@ def blocks(width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*(Block(width, max(1, width // 64)) for _ in range(depth))).requires_grad_(False)
 
 
-def with_peftlib(model: nn.Module, rank: int, dropout: float) -> nn.Module:
-    peftlib.inject(model, PROJECTIONS, peftlib.LoRA, rank=rank, alpha=rank, dropout=dropout)
+def with_peftlib(model: nn.Module, rank: int, dropout: float, targets: list[str] = PROJECTIONS) -> nn.Module:
+    peftlib.inject(model, targets, peftlib.LoRA, rank=rank, alpha=rank, dropout=dropout)
     return model
 
 

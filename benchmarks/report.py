@@ -70,9 +70,7 @@ def picture(result: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    newest = (
-        pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else max(RESULTS.glob("*.json"), key=lambda p: p.stat().st_mtime)
-    )
+    newest = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "latest.json"
     result = json.loads(newest.read_text())
     table = markdown(result)
     newest.with_suffix(".md").write_text(table + "\n")

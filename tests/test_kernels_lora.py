@@ -31,14 +31,14 @@ SHAPES = [
     ((1,), 33, 17, 4),
     ((2, 3), 16, 24, 8),
     ((31,), 65, 33, 2),
-    ((257,), 129, 131, 8),
-    ((3, 67), 260, 193, 16),
+    ((383,), 129, 131, 8),
+    ((3, 79), 260, 193, 16),
     ((5, 1, 200), 64, 128, 1),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def problem(leading=(3, 67), features=260, out=193, rank=8, dtype=torch.float32, bias=True, factor_dtype=None):
+def problem(leading=(3, 79), features=260, out=193, rank=8, dtype=torch.float32, bias=True, factor_dtype=None):
     generator = torch.Generator().manual_seed(features)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     factor_dtype = factor_dtype or dtype
