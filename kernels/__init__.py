@@ -1,5 +1,7 @@
 """The hot paths of the adapters, each usable by itself; importing this imports no Triton."""
 
+from .bottleneck import bottleneck as bottleneck
+from .dora import dora_norm as dora_norm
 from .dropped import dropped as dropped
 from .embedding import lora_embedding as lora_embedding
 from .lora import join_pairs as join_pairs

@@ -1,0 +1,145 @@
+"""The forward of a bottleneck in one launch: down, activation, up, bias and residual, with one read of x."""
+
+import warnings
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference, triton_ops
+from .tiles import MI300X, Tile, block_rank, blocks
+from .triton_launch import capability, launch
+from .triton_launchers import rows_of
+
+_trusted: dict[tuple, bool] = {}
+
+
+@triton.jit(do_not_specialize=["M"])
+def bottleneck_kernel(
+    x,  # [M, K], any row stride
+    down,  # [WIDTH, K], contiguous
+    down_bias,  # [WIDTH]
+    up,  # [N, WIDTH], contiguous
+    up_bias,  # [N]
+    onto,  # [M, N], any row stride; may be x
+    out,  # [M, N], contiguous
+    z,  # [M, WIDTH], contiguous: down(x), for backward
+    M,
+    K,
+    N,
+    x_stride,
+    onto_stride,
+    WIDTH: tl.constexpr,
+    WIDTH_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ADDS: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    units = tl.arange(0, WIDTH_BLOCK)
+    wide, live = rows.to(tl.int64)[:, None], (rows < M)[:, None]
+    narrow = units < WIDTH
+    total = tl.zeros((ROWS, WIDTH_BLOCK), dtype=tl.float32)
+    for first in range(0, K, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        inside = (columns < K)[None, :]
+        tile = tl.load(x + wide * x_stride + columns[None, :], mask=live & inside, other=0.0)
+        factor = tl.load(down + units[:, None] * K + columns[None, :], mask=narrow[:, None] & inside, other=0.0)
+        total += tl.dot(tile, factor.trans(1, 0), input_precision="ieee")
+    total += tl.load(down_bias + units, mask=narrow, other=0.0).to(tl.float32)[None, :]
+    before = total.to(z.dtype.element_ty)
+    tl.store(z + wide * WIDTH + units[None, :], before, mask=live & narrow[None, :])
+    hidden = activated(before.to(tl.float32), ACTIVATION).to(z.dtype.element_ty)
+    for first in range(0, N, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
+        inside = columns < N
+        factor_at = up + columns[None, :] * WIDTH + units[:, None]
+        factor = tl.load(factor_at, mask=inside[None, :] & narrow[:, None], other=0.0)
+        result = tl.dot(hidden, factor, input_precision="ieee")
+        result += tl.load(up_bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        at, mask = wide * N + columns[None, :], live & inside[None, :]
+        if ADDS:
+            added = wide * onto_stride + columns[None, :]
+            result += tl.load(onto + added, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def activated(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        return tl.maximum(z, 0.0)
+    if ACTIVATION == "gelu":
+        return z * 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+    if ACTIVATION == "gelu_tanh":  # (1 + tanh u) / 2 is the sigmoid of 2 u
+        return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    if ACTIVATION == "silu":
+        return z * tl.sigmoid(z)
+    if ACTIVATION == "tanh":
+        return 2.0 * tl.sigmoid(2.0 * z) - 1.0
+    return z
+
+
+def forward(
+    x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, onto: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    """onto + up(act(down(x))) [M, N] in the dtype of onto, or of x, and down(x) [M, width]; all weights as x is."""
+    (M, K), (N, width) = x.shape, up.shape
+    x, tile = rows_of(x), tile_of(width, x.element_size(), capability(x))
+    out = torch.empty(M, N, dtype=x.dtype if onto is None else onto.dtype, device=x.device)
+    z = x.new_empty(M, width)
+    onto = None if onto is None else rows_of(onto)
+    launch(
+        bottleneck_kernel, (blocks(M, tile.rows),),
+        x, down.contiguous(), down_bias.contiguous(), up.contiguous(), up_bias.contiguous(),
+        x if onto is None else onto, out, z, M, K, N, x.stride(0), 0 if onto is None else onto.stride(0),
+        WIDTH=width, WIDTH_BLOCK=block_rank(width, 16), ROWS=tile.rows, COLUMNS=tile.columns,
+        ACTIVATION=activation, ADDS=onto is not None, tile=tile,
+    )  # fmt: skip
+    return out, z
+
+
+def tile_of(width: int, element_size: int, device: tuple[int, int]) -> Tile:
+    """A program owns rows: what it reads of x it reads once, and z stays in registers between the two products."""
+    stages = 2 if device == MI300X or element_size == 4 else 3
+    return Tile(64, 64 if width > 32 or element_size == 4 else 128, 4, stages)
+
+
+def supported(x: Tensor, down: Tensor, up: Tensor, activation: str) -> bool:
+    """Whether the kernel takes these, as `triton_ops.supported` says, and gave what PyTorch gives when it was tried
+    first, for this dtype, width and activation on this device."""
+    if not triton_ops.supported(x, down, up):
+        return False
+    key = (x.device, x.dtype, down.shape[0], activation)
+    if key not in _trusted:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return True  # a graph can hold no comparison; the warm-up before its capture made one
+        _trusted[key] = _agrees(x, down.shape[0], activation)
+    return _trusted[key]
+
+
+def _agrees(like: Tensor, width: int, activation: str) -> bool:
+    generator = torch.Generator(like.device).manual_seed(0)  # the user's own stream of numbers is not touched
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=like.device).to(like.dtype)
+
+    x, weights = normal(80, 336), (normal(width, 336) / 16, normal(width), normal(336, width), normal(336))
+    try:
+        got, _ = forward(x, *weights, x, activation)
+        expected = reference.bottleneck(x, *weights, residual=x, activation=activation)
+    except Exception as error:  # whatever a compiler, a driver or a device raises, training goes on without it
+        found = f"failed: {error}"
+    else:
+        off = ((got - expected).abs().max() / expected.abs().max()).nan_to_num(nan=torch.inf).item()
+        # Four roundings on each side, at most half a unit each: of z, of the activation, of up and of the sum.
+        if off <= max(4 * torch.finfo(x.dtype).eps, 336 * torch.finfo(torch.float32).eps):
+            return True
+        found = f"differs from PyTorch by {off:.1e} of the largest value"
+    warnings.warn(
+        f"the Triton kernel bottleneck for {like.dtype} at width {width} on {like.device} {found}; PyTorch is used in "
+        "its place. PEFTLIB_KERNELS=0 silences this; please report it with your GPU and Triton version.",
+        stacklevel=2,
+    )
+    return False
