@@ -1,6 +1,10 @@
 """Parameter-efficient fine-tuning primitives for PyTorch: exact, loud, light and fast, on any module."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import kernels as kernels
+from . import schedules as schedules
 from ._adapter import Adapter as Adapter
 from ._choose import activate as activate
 from ._choose import train_only as train_only
@@ -9,6 +13,9 @@ from ._errors import AdapterError as AdapterError
 from ._file import read_header as read_header
 from ._io import load as load
 from ._io import save as save
+from ._layer_groups import layer_groups as layer_groups
+from ._learning_rates import SlantedTriangular as SlantedTriangular
+from ._learning_rates import discriminative_lr as discriminative_lr
 from ._merge import merge as merge
 from ._merge import merged as merged
 from ._merge import merged_state_dict as merged_state_dict
@@ -20,5 +27,28 @@ from ._report import summary as summary
 from ._verify import verify as verify
 from ._walk import adapters as adapters
 from ._walk import parameters as parameters
+from .bottleneck import Bottleneck as Bottleneck
+from .distillation import distill as distill
+from .dora import DoRA as DoRA
 from .full import Full as Full
+from .ia3 import IA3 as IA3
 from .lora import LoRA as LoRA
+from .lora_plus import lora_plus_groups as lora_plus_groups
+from .parallel import tensor_parallel as tensor_parallel
+from .prefix import Prefix as Prefix
+from .prompt import Prompt as Prompt
+from .retaining import EWC as EWC
+from .retaining import L2SP as L2SP
+from .unfreezing import GradualUnfreezing as GradualUnfreezing
+
+if TYPE_CHECKING:
+    from . import exchange as exchange
+    from . import hf as hf
+
+_ON_USE = ("exchange", "hf")  # a third of the time that importing all would take, and few programs read foreign files
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_USE:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,6 +45,8 @@ class Adapter(nn.Module):
     name: str
     config: dict[str, Any]
     replaces: tuple[str, ...] = ()
+    # Of a parameter beside a weight [out, in]: its dimension along the outputs, and that along the inputs.
+    axes: Mapping[str, tuple[int | None, int | None]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -94,6 +96,10 @@ class Adapter(nn.Module):
             )
         return [config]
 
+    @classmethod
+    def require_place(cls, model: nn.Module, name: str, host: nn.Module) -> None:
+        """Raises where this kind on `host` would be wrong because of what stands around it in the model."""
+
     def file_keys(self) -> dict[str, str]:
         """The key of each tensor in a file, after the host's name, and its key in `state_dict()`."""
         return {key: key for key in self.state_dict()}
@@ -106,14 +112,18 @@ def has_weight_form(adapter: Adapter) -> bool:
     return type(adapter).fold is not Adapter.fold
 
 
-def unwound(call: Callable[..., Any]) -> tuple[list[Adapter], Callable[..., Any]]:
+def unwound(
+    call: Callable[..., Any], innermost: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda call: call
+) -> tuple[list[Adapter], Callable[..., Any]]:
     """The adapters inside a call that have a weight form, innermost first, and the call without them.
 
-    A fold reads the weights that the ones inside it gave, so those must be folded before it, not called behind it."""
+    A fold reads the weights that the ones inside it gave, so those must be folded before it, not called behind it.
+    `innermost` changes the host's own call, with those that have only a call form still around it."""
     folding, calling, host = [], [], None
     while isinstance(call, functools.partial) and isinstance(call.func, Adapter):
         (folding if has_weight_form(call.func) else calling).append(call.func)
         host, call = call.args
+    call = innermost(call)
     for adapter in reversed(calling):
         call = functools.partial(adapter, host, call)
     return folding[::-1], call
@@ -146,7 +156,7 @@ def shadowed(host: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         for owner, leaf, value in places:
             owner.__dict__[leaf] = value
-        with _flat_weights_shadowed({id(owner): owner for owner, _, _ in places}.values()):
+        with _flat_weights_shadowed([owner for owner, _, _ in places]):  # no id: Dynamo would compile each host anew
             yield
     finally:
         for owner, leaf, value in before:

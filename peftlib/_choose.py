@@ -7,7 +7,8 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from ._errors import AdapterError
-from ._host import Selection, face
+from ._face import face
+from ._host import Selection
 from ._walk import adapters, remember_view, require
 
 M = TypeVar("M", bound=nn.Module)

@@ -1,23 +1,27 @@
-"""The file: one safetensors file whose metadata say what its tensors are."""
+"""The file: one safetensors file whose metadata say what its tensors are, and that none of its bits has changed."""
 
 import contextlib
+import hashlib
 import json
 import os
+import re
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ._errors import AdapterError
+from ._header import FORMAT, Header, parse, shown, strict_json
 
-FORMAT = 1
 _KEY = "peftlib"
+_SUM = "peftlib.sha256"
 
-Header = dict[str, Any]
 Path = str | os.PathLike[str]
 
 
@@ -51,15 +55,21 @@ def read_header(path: Path) -> Header:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    with open(path, "rb"):  # a missing or unreadable file raises OSError, not a parser's error
-        pass
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise AdapterError(
-            f"{os.fspath(path)}: not a sound safetensors file ({error}). Save or copy it again."
-        ) from None
+    _require_plain(path)
+    with open(path, "rb") as raw:  # a missing or unreadable file raises OSError, not a parser's error
+        try:
+            file = safe_open(path, "pt")
+        except (SafetensorError, RuntimeError) as error:  # the latter for a file that does not fit into memory
+            raise _unsound(path, error) from None
+        length = int.from_bytes(raw.read(8), "little")
+        strict_json(raw.read(length).decode(), os.fspath(path))  # the parser takes one of two equal keys
+    with file:
+        yield file
+
+
+def _unsound(path: Path, error: Exception) -> AdapterError:
+    reason = shown(str(error))
+    return AdapterError(f"{os.fspath(path)}: not a sound safetensors file ({reason}). Save or copy it again.")
 
 
 def header_of(file: Any, path: Path) -> Header:
@@ -68,64 +78,119 @@ def header_of(file: Any, path: Path) -> Header:
         raise AdapterError(
             f"{os.fspath(path)}: a safetensors file without peftlib's header. Load it with the tool that wrote it."
         )
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{os.fspath(path)}: its header is not JSON ({error}). Save it again.") from None
-    problem = _problem(header)
-    if problem:
-        raise AdapterError(f"{os.fspath(path)}: {problem}. Save it again, with this version of peftlib if need be.")
-    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-    tensors = {key: {"dtype": item.get_dtype(), "shape": list(item.get_shape())} for key, item in slices.items()}
+    header = parse(text, os.fspath(path))
+    tensors = listed(file)
+    parts = sum(map(len, header["hosts"].values()))
+    if parts > len(tensors) + len(header["hosts"]):  # each would be built: more than the file's size is worth
+        raise AdapterError(
+            f"{os.fspath(path)}: its header asks for {parts} parts, and there are {len(tensors)} tensors. "
+            "Save it again from its model."
+        )
     return {**header, "tensors": tensors}
 
 
-def _problem(header: Any) -> str | None:
-    """What is wrong with the header's form, or None."""
-    if not isinstance(header, dict) or header.get("format") != FORMAT or isinstance(header["format"], bool):
-        found = header.get("format") if isinstance(header, dict) else header
-        return f"its header has format {found!r}, this version reads {FORMAT}"
-    shape = {"version": str, "name": str, "configs": list, "hosts": dict, "base": dict, "metadata": dict}
-    for key, kind in shape.items():
-        if not isinstance(header.get(key), kind):
-            return f"its header has no sound {key!r}"
-    for one in header["configs"]:
-        if not (isinstance(one, dict) and isinstance(one.get("kind"), str) and isinstance(one.get("config"), dict)):
-            return "its header has a configuration that is not a kind with keywords"
-    for host, positions in header["hosts"].items():
-        sound = isinstance(positions, list) and positions and all(type(at) is int for at in positions)
-        if not sound or not all(0 <= at < len(header["configs"]) for at in positions):
-            return f"its header names no sound configuration for host {host!r}"
-        if not _is_fingerprint(header["base"].get(host)):
-            return f"its header has no sound fingerprint for host {host!r}"
-    return None
+def listed(file: Any) -> dict[str, dict[str, Any]]:
+    """What tensors an open file holds, by key, without reading one."""
+    slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+    return {key: {"dtype": item.get_dtype(), "shape": list(item.get_shape())} for key, item in slices.items()}
 
 
-def _is_fingerprint(found: Any) -> bool:
-    if not isinstance(found, dict) or not isinstance(found.get("weights"), dict):
-        return False
-    described = all(isinstance(one, list) and one and isinstance(one[0], str) for one in found["weights"].values())
-    return described and isinstance(found.get("hash", {}), dict)
-
-
-def write(path: Path, tensors: dict[str, Tensor], header: Header) -> None:
-    """Beside the target, synced, then renamed over it: the file is the old one or the new one, whole."""
-    target = os.path.realpath(path)
-    folder, base = os.path.split(target)
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{folder}: there is no such folder to save {base} in")
-    temporary = os.path.join(folder, f".{base}.{uuid.uuid4().hex}.tmp")
-    text = json.dumps({"format": FORMAT, "version": version("peftlib"), **header}, allow_nan=False)
+def read_tensor(file: Any, key: str) -> Tensor:
+    """A copy: what the parser gives lies in the mapped file, and would change, or be gone, with it."""
     try:
-        save_file(tensors, temporary, {"format": "pt", _KEY: text})
+        return file.get_tensor(key).clone()
+    except SafetensorError as error:  # a dtype that torch does not have
+        raise AdapterError(f"{shown(key)}: {shown(str(error))}. Save it again from its model.") from None
+
+
+def require_unchanged(file: Any, tensors: dict[str, Tensor], path: Path) -> None:
+    """The sum finds accidents, in the header and in the values; it is no signature."""
+    metadata = file.metadata()
+    if metadata.get(_SUM) != _sum(metadata[_KEY], tensors):
+        raise AdapterError(f"{os.fspath(path)}: its bits are not those that were saved. Save or copy it again.")
+
+
+def _sum(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write(path: Path, tensors: Iterable[tuple[str, Tensor]], header: Header) -> None:
+    """Beside the target, synced, then renamed over it: the file is the old one or the new one, whole."""
+    text = json.dumps({"format": FORMAT, "version": version("peftlib"), **header}, allow_nan=False)
+    with replacing(path) as temporary:
+        parse(text, _target(path))  # what could not be read back is not written
+        held = dict(tensors)
+        save_file(held, temporary, {"format": "pt", _KEY: text, _SUM: _sum(text, held)})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A file of another tool's, to a path that `replacing` gave."""
+    save_file(tensors, path, metadata)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[str]:
+    """A path beside the target to write to: synced, it takes the target's place when the block ends without error."""
+    target = _target(path)
+    folder, base = os.path.split(target)
+    temporary = os.path.join(folder, f".{base[:48]}.{uuid.uuid4().hex}.tmp")
+    try:
+        mode = _mode(target, temporary)
+        yield temporary
+        os.chmod(temporary, mode)
         _sync(temporary, os.O_RDWR)
         os.replace(temporary, target)
         _sync(folder, os.O_RDONLY)
     except SafetensorError as error:
-        raise AdapterError(f"{target}: cannot be written ({error}). Check the folder and its free space.") from None
+        raise _as_os_error(error, target) from None
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} while saving", target) from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _target(path: Path) -> str:
+    """Where the bytes go: a link is followed, and only a plain file is replaced."""
+    target = os.path.realpath(path)
+    folder, base = os.path.split(target)
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{folder}: there is no such folder to save {base} in")
+    with contextlib.suppress(FileNotFoundError):
+        _require_plain(target)
+        if not os.access(target, os.W_OK):
+            raise PermissionError(f"{target}: the file is read-only. Choose another name, or make it writable.")
+    return target
+
+
+def _require_plain(path: Path) -> None:
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(f"{os.fspath(path)} is a folder. Name a file in it.")
+    if not stat.S_ISREG(mode):
+        raise AdapterError(f"{os.fspath(path)}: a device or a pipe, not a plain file. Choose another path.")
+
+
+def _mode(target: str, temporary: str) -> int:
+    """The permissions of the old file, else those that the umask leaves: the writer's own are for its user alone."""
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        new = os.fstat(descriptor).st_mode
+    finally:
+        os.close(descriptor)
+    return stat.S_IMODE(os.stat(target).st_mode if os.path.exists(target) else new)
+
+
+def _as_os_error(error: SafetensorError, target: str) -> Exception:
+    """The writer tells the system's errors in words: a full disk should be caught as everywhere."""
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
+        return AdapterError(f"{target}: cannot be written ({error}). Check the folder and its free space.")
+    return OSError(int(number[1]), f"{os.strerror(int(number[1]))} while saving", target)
 
 
 def _sync(path: str, flags: int) -> None:

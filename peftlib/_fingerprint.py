@@ -6,23 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._forms import weight_shape
 from ._merge import base_weight
 from ._walk import candidates
 
 _SAMPLES = 64
 _NARROW = (torch.bfloat16, torch.float16)
+_PLAIN = {"float64", "float32", "bfloat16", "float16"}
 
 Fingerprint = dict[str, Any]
 
 
 def fingerprint(host: nn.Module, replaced: set[str]) -> Fingerprint:
-    """`weights`: dtype and shape of each. `hash`: over the sample as it is, and as it would be after `.bfloat16()` and
-    `.half()`, so that the same weights are known in a narrower dtype; without it where there are no values to read.
+    """`weights`: dtype and shape of each, a packed weight's as it was before. `hash`: over the sample as it is, and as
+    it would be after `.bfloat16()` and `.half()`, so that the same weights are known in a narrower dtype; without it
+    where there are no values to read: on the meta device, sharded, in a tensor subclass.
 
     What an adapter replaces outright may differ from base to base: of such a weight only the shape is taken."""
     weights = _weights(host)
-    sampled = {name: tensor for name, tensor in weights.items() if name not in replaced}
-    found: Fingerprint = {"weights": {name: [_name(tensor.dtype), *tensor.shape] for name, tensor in weights.items()}}
+    described = {name: [_name(tensor.dtype), *shape] for name, (tensor, shape) in weights.items()}
+    sampled = {name: tensor for name, (tensor, _) in weights.items() if name not in replaced}
+    found: Fingerprint = {"weights": described}
     if sampled and all(_readable(tensor) for tensor in sampled.values()):
         samples = {name: _sample(tensor) for name, tensor in sampled.items()}
         found["hash"] = {"own": _hash(samples, None), **{_name(dtype): _hash(samples, dtype) for dtype in _NARROW}}
@@ -30,23 +34,33 @@ def fingerprint(host: nn.Module, replaced: set[str]) -> Fingerprint:
 
 
 def differs(saved: Fingerprint, found: Fingerprint) -> str | None:
-    """In words, or None where the base is the same as far as can be known."""
-    shapes_saved, shapes_found = ({k: v[1:] for k, v in one["weights"].items()} for one in (saved, found))
-    for name in sorted({*shapes_saved, *shapes_found}):
-        if shapes_saved.get(name) != shapes_found.get(name):
-            return f"has {name} {shapes_found.get(name, 'absent')}, in the file {shapes_saved.get(name, 'absent')}"
-    if "hash" not in saved or "hash" not in found:
+    """In words, or None where the base is the same as far as can be known: of a weight that is packed in one of the
+    two only the shape is compared, and what the packing adds beside it not at all."""
+    theirs, ours = saved["weights"], found["weights"]
+    packed = any(_is_packed_apart(theirs[name][0], ours[name][0]) for name in theirs.keys() & ours.keys())
+    for name in sorted(theirs.keys() & ours.keys() if packed else theirs.keys() | ours.keys()):
+        if _shape(theirs, name) != _shape(ours, name):
+            return f"has {name} {_shape(ours, name)}, in the file {_shape(theirs, name)}"
+    if packed or "hash" not in saved or "hash" not in found:
         return None
-    same_dtypes = saved["weights"] == found["weights"]
-    compared = ["own"] if same_dtypes else [_name(dtype) for dtype in _NARROW]
+    compared = ["own"] if theirs == ours else [_name(dtype) for dtype in _NARROW]
     if any(saved["hash"].get(key) == found["hash"][key] for key in compared):
         return None
     return "has weights of other values"
 
 
-def _weights(host: nn.Module) -> dict[str, Tensor]:
+def _is_packed_apart(one: str, other: str) -> bool:
+    return one != other and not {one, other} <= _PLAIN
+
+
+def _shape(weights: dict[str, list[Any]], name: str) -> object:
+    return weights[name][1:] if name in weights else "absent"
+
+
+def _weights(host: nn.Module) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+    """Each parameter, and the shape that it stands for."""
     return {
-        f"{path}.{leaf}".lstrip("."): base_weight(module, leaf)
+        f"{path}.{leaf}".lstrip("."): (base_weight(module, leaf), weight_shape(module, leaf))
         for path, module in candidates(host)
         for leaf, parameter in module._parameters.items()
         if parameter is not None
@@ -59,8 +73,12 @@ def _readable(tensor: Tensor) -> bool:
 
 def _sample(tensor: Tensor) -> Tensor:
     count = min(_SAMPLES, tensor.numel())
-    index = torch.arange(count, device=tensor.device) * tensor.numel() // max(1, count)
-    return tensor.detach()[torch.unravel_index(index, tensor.shape)].reshape(-1).cpu()
+    position = torch.arange(count, device=tensor.device) * tensor.numel() // max(1, count)
+    index = []
+    for size in reversed(tensor.shape):
+        index.insert(0, position % size)
+        position = position // size
+    return tensor.detach()[tuple(index)].reshape(-1).cpu()
 
 
 def _hash(samples: dict[str, Tensor], dtype: torch.dtype | None) -> str:

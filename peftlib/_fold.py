@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ._adapter import Adapter, fold_all, owner_of, shadowed
 from ._errors import AdapterError
-from ._host import face, is_host, parts
+from ._face import face
+from ._host import is_host, parts
 from ._walk import candidates, hosts
 
 

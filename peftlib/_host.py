@@ -1,7 +1,6 @@
 """A host: a module whose class was changed, in place, so that adapters stand around its forward."""
 
 import contextlib
-import copy
 import functools
 import inspect
 import types
@@ -9,11 +8,11 @@ import weakref
 from collections.abc import Callable, Container, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ._adapter import Adapter
 from ._errors import AdapterError
+from ._face import unshadowed
 from ._readers import FAST_PATHS
 
 _INNER = "_inner_forward"
@@ -27,12 +26,34 @@ class Selection:
         self.merged: tuple[str, ...] = ()
         self.aside: tuple[str, ...] = ()
         self.count: dict[str, int] = {}
+        self.load: tuple[list[str], list[str] | None] | None = None
+
+    def not_asked_for(
+        self, missing: list[str], given: list[str], prefix: str, own: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What one host's adapters take from themselves: all of it, until a key of any host's adapters is in the file.
+
+        torch shows each module its own part of a file, and the list `missing` is one for the whole of a load."""
+        _, spared = self.load if self.load and self.load[0] is missing else (missing, [])
+        if given or spared is None:
+            missing += spared or ()
+            self.load = missing, None
+            return {}
+        self.load = missing, [*spared, *(prefix + key for key in own)]
+        return {prefix + key: tensor for key, tensor in own.items()}
 
 
 class Adapters(nn.ModuleDict):
     """The child `host.adapters`: the adapters of one host, in the order in which they nest."""
 
     selection: Selection
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """A checkpoint of the base alone leaves the adapters as they are; one that has some must have all."""
+        _, _, missing, *_ = rest
+        given = [key for key in state_dict if key.startswith(prefix)]
+        state_dict.update(self.selection.not_asked_for(missing, given, prefix, self.state_dict(keep_vars=True)))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Any) -> Any:
         """A Sequential runs all its children, this one too."""
@@ -42,9 +63,18 @@ class Adapters(nn.ModuleDict):
 class Adapted:
     """The marker base of every adapted class; the host's own class stands right behind it."""
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        merged = self._modules["adapters"].selection.merged  # pyright: ignore[reportAttributeAccessIssue]
+        if merged:
+            raise AdapterError(
+                f"load_state_dict: {', '.join(merged)} is merged into {prefix[:-1] or 'the root'}, and unmerge would "
+                "bring the old weights back. Call unmerge first."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # pyright: ignore[reportAttributeAccessIssue]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _rebuild, (base_type(type(self)),), *state
+        _, _, state, *rest = super().__reduce_ex__(protocol)
+        return _rebuild, (base_type(type(self)),), unshadowed(self, state), *rest
 
 
 _classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
@@ -192,10 +222,12 @@ def require_on_top(name: str, host: nn.Module) -> None:
 
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Puts classes, children and selections back as they were if the block raises."""
+    """Puts classes, children, selections and `requires_grad` back as they were if the block raises."""
     before = [(module, type(module), dict(module.__dict__), dict(module._modules)) for module in model.modules()]
     found = {id(s): s for module in model.modules() if is_host(module) for s in [adapters_of(module).selection]}
     selections = [(selection, dict(selection.__dict__), dict(selection.count)) for selection in found.values()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     try:
         yield
     except BaseException:
@@ -208,18 +240,8 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             module._modules.update(children)
         for selection, attributes, count in selections:
             selection.__dict__.update(attributes, count=count)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         raise
-
-
-def face(model: nn.Module, meta: bool = False) -> Any:
-    """A copy of the module objects that shares every tensor with the original, or has them all on the meta device."""
-    shared: dict[int, Any] = {}
-    for module in model.modules():
-        tensors = [*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()]
-        shared.update({id(item): _on_meta(item) if meta else item for item in tensors if isinstance(item, Tensor)})
-    return copy.deepcopy(model, shared)
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

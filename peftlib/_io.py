@@ -1,5 +1,6 @@
 """Saving one adapter and loading it, validated whole before the model is touched."""
 
+import collections
 import json
 import os
 from collections.abc import Iterator
@@ -8,20 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._adapter import KINDS, Adapter
+from ._adapter import Adapter
 from ._errors import AdapterError
-from ._file import Header, Path, header_of, opened, write
+from ._file import Path, header_of, opened, read_tensor, require_unchanged, write
 from ._fingerprint import differs, fingerprint
+from ._header import Header, some
 from ._host import parts
 from ._model import install, require_changeable
-from ._place import Place, Placed, build, require_adaptable, require_free, require_name
-from ._walk import adapters, candidates, hosts, require
+from ._place import Placed, require_free, require_name
+from ._rebuild import fill, is_finite, rebuilt, require_keys
+from ._shards import whole, writes_here
+from ._walk import adapters, hosts, require
 
 
 def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[str, Any] | None = None) -> None:
     """Writes one adapter, all its parts, as one safetensors file; the base is not in it.
 
-    The write is atomic: a temporary file beside the target is synced and renamed over it.
+    The write is atomic: a temporary file beside the target is synced and renamed over it. Where the adapter lies in
+    shards (FSDP2, tensor parallel), every process calls this; the tensors are gathered, one after the other, and the
+    first process writes them whole.
 
     Args:
         model: a model with adapters.
@@ -30,9 +36,9 @@ def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[
         metadata: JSON-able values of your own, given back by `read_header`.
 
     Raises:
-        AdapterError: an absent name, tensors without values (meta device) or only a shard of them, metadata that JSON
-            cannot hold.
-        OSError: the file cannot be written; an old one at `path` is left whole.
+        AdapterError: an absent name, tensors without values (meta device), NaN or infinity, metadata that JSON cannot
+            hold, a path that is a device or a pipe.
+        OSError: the file cannot be written (a full disk, a folder, no permission); an old one at `path` is left whole.
 
     Example:
         >>> import torch, peftlib, tempfile, os
@@ -43,7 +49,12 @@ def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[
     require(model, (name,))
     metadata = {} if metadata is None else metadata
     _require_json(metadata)
-    write(path, dict(_tensors(model, name)), {**_described(model, name), "metadata": metadata})
+    header: Header = {**_described(model, name), "metadata": metadata}
+    tensors = _tensors(model, name)
+    if writes_here(p for _, _, adapter in adapters(model, name) for p in adapter.parameters()):
+        write(path, [*tensors], header)  # all gathered before anything can fail here alone
+    else:
+        collections.deque(tensors, maxlen=0)
 
 
 def _require_json(metadata: Any) -> None:
@@ -62,13 +73,24 @@ def _tensors(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
     for host_name, _, adapter in adapters(model, name):
         state = adapter.state_dict()
         for key, inner in adapter.file_keys().items():
-            tensor, where = state[inner], f"{host_name}.{key}".lstrip(".")
-            if tensor.is_meta or hasattr(tensor, "device_mesh"):
-                found = "on the meta device" if tensor.is_meta else "a shard"
-                raise AdapterError(
-                    f"{where}: {found}, so its values are not here. Materialise or gather it, then save."
-                )
+            tensor, where = whole(state[inner]), f"{host_name}.{key}".lstrip(".")
+            require_values(tensor, where)
             yield where, tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def require_values(tensor: Any, where: str) -> None:
+    """What could not be loaded again must not take the place of a file that can."""
+    if not isinstance(tensor, Tensor):
+        raise AdapterError(f"{where}: {type(tensor).__name__} is no tensor. Keep it among the kind's keywords.")
+    if tensor.is_meta or hasattr(tensor, "device_mesh"):
+        found = "on the meta device" if tensor.is_meta else "a shard"
+        raise AdapterError(f"{where}: {found}, so its values are not here. Materialise or gather it, then save.")
+    if not tensor.numel():
+        raise AdapterError(
+            f"{where}: shape {list(tensor.shape)} is empty. Gather it if it is sharded, or leave it out."
+        )
+    if not is_finite(tensor):
+        raise AdapterError(f"{where}: it holds NaN or infinity, so it would be refused at load. Save a sound adapter.")
 
 
 def _described(model: nn.Module, name: str) -> Header:
@@ -124,62 +146,16 @@ def load(model: nn.Module, path: Path, name: str | None = None, *, strict: bool 
         called: str = header["name"] if name is None else name
         require_name(called)
         require_changeable(model, "load")
-        placed = list(_rebuilt(model, header, called, os.fspath(path)))
+        placed = list(rebuilt(model, header, called, path))
         require_free(model, placed)
-        _require_keys(placed, header, os.fspath(path))
+        require_keys(placed, header["tensors"], os.fspath(path))
         if strict:
             _require_base(placed, header, os.fspath(path))
-        _fill(placed, file, os.fspath(path))
+        tensors = {key: read_tensor(file, key) for key in header["tensors"]}
+        fill(placed, tensors.__getitem__, os.fspath(path))
+        require_unchanged(file, tensors, path)
     install(model, placed, freeze=True)
     return list(header["hosts"])
-
-
-def _rebuilt(model: nn.Module, header: Header, name: str, path: str) -> Iterator[Placed]:
-    by_name = dict(candidates(model))
-    absent = [host_name for host_name in header["hosts"] if host_name not in by_name]
-    if absent:
-        raise AdapterError(
-            f"{path}: made for another model: {_some(absent)} not in {type(model).__name__}. Load it onto its own base."
-        )
-    for host_name, positions in header["hosts"].items():
-        require_adaptable(host_name, by_name[host_name])
-        for one in (header["configs"][at] for at in positions):
-            kind = KINDS.get(one["kind"])
-            if kind is None:
-                raise AdapterError(
-                    f"{path}: kind {one['kind']!r} is unknown here. Import the module that defines it first."
-                )
-            try:
-                yield build(Place(host_name, by_name[host_name], one["config"]), kind, name, on_meta=True)
-            except (AdapterError, TypeError, ValueError, RuntimeError) as error:
-                reason = str(error).partition("\n")[0]
-                raise AdapterError(
-                    f"{path}: {host_name or 'the root'}: {one['kind']} refuses its configuration ({reason}). "
-                    "Save it again from its model."
-                ) from None
-
-
-def _require_keys(placed: list[Placed], header: Header, path: str) -> None:
-    expected = {key: state.shape for item in placed for key, _, state in _entries(item)}
-    found = header["tensors"]
-    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or unexpected:
-        raise AdapterError(
-            f"{path}: missing {_some(missing)}; unexpected {_some(unexpected)}. Save it again from its model."
-        )
-    for key, shape in expected.items():
-        if found[key]["shape"] != list(shape):
-            raise AdapterError(
-                f"{path}: {key} has shape {found[key]['shape']}, this model needs {list(shape)}. "
-                "Load it onto its own base."
-            )
-
-
-def _entries(item: Placed) -> Iterator[tuple[str, str, Tensor]]:
-    """For each tensor: its key in the file, its key in the adapter, and the tensor."""
-    state = item.adapter.state_dict()
-    for key, inner in item.adapter.file_keys().items():
-        yield f"{item.host_name}.{key}".lstrip("."), inner, state[inner]
 
 
 def _require_base(placed: list[Placed], header: Header, path: str) -> None:
@@ -193,40 +169,5 @@ def _require_base(placed: list[Placed], header: Header, path: str) -> None:
     wrong = [f"{host_name or 'the root'} {how}" for host_name, how in other.items() if how]
     if wrong:
         raise AdapterError(
-            f"{path}: made on another base: {_some(wrong)}. Load it onto its own base, or pass strict=False."
+            f"{path}: made on another base: {some(wrong)}. Load it onto its own base, or pass strict=False."
         )
-
-
-def _fill(placed: list[Placed], file: Any, path: str) -> None:
-    for item in placed:
-        device = next((p.device for p in item.host.parameters()), torch.device("cpu"))
-        state = {inner: _checked(file.get_tensor(key), expected, key, path) for key, inner, expected in _entries(item)}
-        if device.type != "meta":
-            state = {inner: tensor.to(device) for inner, tensor in state.items()}
-        item.adapter.load_state_dict(state, assign=True)
-        if device.type != "meta":
-            _complete(item)
-
-
-def _complete(item: Placed) -> None:
-    """Tensors that are not in the file, non-persistent buffers, are those of an adapter made on the real host."""
-    made: Adapter | None = None
-    for path, module in item.adapter.named_modules():
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                made = (
-                    made or build(Place(item.host_name, item.host, item.adapter.config), type(item.adapter), "").adapter
-                )
-                module._buffers[leaf] = made.get_submodule(path)._buffers[leaf]
-
-
-def _checked(tensor: Tensor, expected: Tensor, key: str, path: str) -> Tensor:
-    if tensor.is_floating_point() != expected.is_floating_point():
-        raise AdapterError(f"{path}: {key} is {tensor.dtype}, expected {expected.dtype}. Save it again from its model.")
-    if not tensor.isfinite().all():
-        raise AdapterError(f"{path}: {key} holds NaN or infinity. Train again from a sound checkpoint.")
-    return tensor
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:4])} and {len(names) - 4} more" if len(names) > 4 else ", ".join(names) or "nothing"

@@ -80,11 +80,30 @@ def unmerge(model: nn.Module) -> None:
     require_no_views(selection, "unmerge")
     if not selection.merged:
         raise AdapterError(f"unmerge: {type(model).__name__} is not merged. Call merge first.")
-    _restore(
-        [(owner, leaf, kept) for owner in model.modules() for leaf, kept in owner.__dict__.get(_BACKUP, {}).items()]
-    )
+    copies = [(o, leaf, id(kept)) for o in model.modules() for leaf, kept in o.__dict__.get(_BACKUP, {}).items()]
+    try:
+        for owner, leaf, _ in copies:
+            _exchange(owner, leaf)
+    except BaseException:
+        for owner, leaf, kept in copies:
+            if id(owner.__dict__[_BACKUP][leaf]) != kept:
+                _exchange(owner, leaf)
+        raise
     forget_backups(model)
     selection.merged, selection.active = (), selection.aside
+
+
+@torch.no_grad()
+def _exchange(owner: nn.Module, leaf: str) -> None:
+    """A weight and its copy trade values, so that a failure further on can trade back; a failure here changes none."""
+    weight, kept = getattr(owner, leaf), owner.__dict__[_BACKUP][leaf]
+    held = weight.detach().to(kept.device, copy=True)
+    try:
+        weight.copy_(kept)
+    except BaseException:
+        weight.copy_(held)
+        raise
+    owner.__dict__[_BACKUP][leaf] = held
 
 
 def base_weight(owner: nn.Module, leaf: str) -> Tensor:

@@ -73,8 +73,8 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
             put(host, adapter)
             if adapter.name not in selection.active:
                 selection.active += (adapter.name,)
-    if freeze:
-        _freeze(model)
+        if freeze:
+            _freeze(model)
 
 
 def require_changeable(model: nn.Module, doing: str) -> None:
@@ -145,8 +145,8 @@ def _take_out(model: nn.Module, name: str | None) -> None:
             if id(host) not in needed:
                 require_on_top(host_name, host)
                 release(host)
-    if not adapted:
-        _thaw(model)
+        if not adapted:
+            _thaw(model)
 
 
 def _freeze(model: nn.Module) -> None:
@@ -162,6 +162,6 @@ def _freeze(model: nn.Module) -> None:
 def _thaw(model: nn.Module) -> None:
     for module in model.modules():
         for leaf in module.__dict__.pop(_FROZEN, ()):
-            parameter = module._parameters.get(leaf)  # gone where something pruned or parametrized it since
-            if parameter is not None:
+            parameter = module._parameters.get(leaf)  # gone where something pruned, parametrized or packed it since
+            if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
                 parameter.requires_grad_(True)

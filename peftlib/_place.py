@@ -9,7 +9,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ._adapter import Adapter, full_config
 from ._errors import AdapterError
-from ._host import Adapters, face, is_host
+from ._face import face
+from ._host import Adapters, is_host
 from ._readers import reader_of
 from ._select import Targets, select
 from ._walk import adapters, candidates
@@ -45,6 +46,7 @@ def _places(model: nn.Module, hits: list[tuple[str, nn.Module]], kind: type[Adap
         host_name, host, inner = reader_of(model, name, module)
         require_adaptable(host_name, host)
         try:
+            kind.require_place(model, host_name, host)
             configs = kind.split(host, inner, config)
         except AdapterError as error:
             raise AdapterError(f"cannot put {kind.__name__} into {name or 'the root'}: {error}") from None
@@ -80,6 +82,8 @@ def require_kind(kind: Any) -> None:
 def require_name(name: str) -> None:
     if not isinstance(name, str) or not name or "." in name or ":" in name:
         raise AdapterError(f"name={name!r}: a name is a string without '.' and ':'. Rename the adapter.")
+    if not name.isprintable() or "/" in name or "\\" in name:
+        raise AdapterError(f"name={name!r}: a name is printable and no path. Rename the adapter.")
     if name == "selection" or hasattr(Adapters(), name):
         raise AdapterError(f"name={name!r}: torch's ModuleDict has an attribute of that name. Rename the adapter.")
 

@@ -40,8 +40,8 @@ def verify(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Verification:
     """Runs the model once forward and backward and says which active adapters do nothing.
 
     An adapter is named when it did not run, when no gradient reached it, or when a factor is dead: all zero and with
-    an all-zero gradient, so that no step can move it. A base parameter that still trains is named too. Gradients,
-    random state, training flags and buffers are as they were.
+    an all-zero gradient, also after a step of the others, so that no step can move it. A base parameter that still
+    trains is named too. Gradients, random state, training flags and buffers are as they were.
 
     Args:
         model: a model with adapters.
@@ -68,9 +68,13 @@ def verify(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Verification:
     active = [item for item in adapters(model) if item[1] in selection.active]
     with _no_trace(model):
         ran = _run_backward(model, active, inputs, named_inputs)
+        later = ran
+        if _has_zeros_without_gradient(active, ran):
+            with _stepped(active, ran):
+                later = _run_backward(model, active, inputs, named_inputs)
         model.eval()
         difference = _difference(model, active, inputs, named_inputs)
-    return Verification((*_adapter_problems(active, ran), *_base_problems(model)), difference)
+    return Verification((*_adapter_problems(active, ran, later), *_base_problems(model)), difference)
 
 
 Named = tuple[str, str, Adapter]
@@ -95,6 +99,36 @@ def _run_backward(model: nn.Module, active: list[Named], inputs: Any, named_inpu
     return {key: value for key, value in gradients.items() if key in ran | reached_any}
 
 
+def _with_gradients(active: list[Named], ran: Gradients) -> Iterator[tuple[nn.Parameter, Tensor | None]]:
+    for *_, adapter in active:
+        trained = [p for p in adapter.parameters() if p.requires_grad]
+        yield from zip(trained, ran.get(id(adapter), [None] * len(trained)), strict=True)
+
+
+def _has_zeros_without_gradient(active: list[Named], ran: Gradients) -> bool:
+    return any(_is_still(gradient) and not p.any() for p, gradient in _with_gradients(active, ran))
+
+
+def _is_still(gradient: Tensor | None) -> bool:
+    return gradient is None or not gradient.any()
+
+
+@contextlib.contextmanager
+def _stepped(active: list[Named], ran: Gradients) -> Iterator[None]:
+    """The adapters as after a first step, for a moment: what stands behind a factor of zero learns from then on."""
+    before = {p: p.detach().clone() for p, _ in _with_gradients(active, ran)}
+    try:
+        with torch.no_grad():
+            for p, gradient in _with_gradients(active, ran):
+                if gradient is not None:
+                    p.sub_(gradient.sign(), alpha=1e-2)
+        yield
+    finally:
+        with torch.no_grad():
+            for p, own in before.items():
+                p.copy_(own)
+
+
 def _loss(output: Any) -> Tensor:
     """A random projection: a plain sum, of squares too, has no gradient behind a LayerNorm."""
     projected = [(tensor.double() * torch.randn_like(tensor, dtype=torch.float64)).sum() for tensor in _tensors(output)]
@@ -111,7 +145,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
         yield from (tensor for value in output for tensor in _tensors(value))
 
 
-def _adapter_problems(active: list[Named], ran: Gradients) -> Iterator[str]:
+def _adapter_problems(active: list[Named], ran: Gradients, later: Gradients) -> Iterator[str]:
     for host, name, adapter in active:
         where = f'"{name}" on {host or "the root"} ({type(adapter).__name__})'
         trained = [(key, p) for key, p in adapter.named_parameters() if p.requires_grad]
@@ -120,16 +154,20 @@ def _adapter_problems(active: list[Named], ran: Gradients) -> Iterator[str]:
         elif not trained:
             yield f"{where} does not train: none of its parameters has requires_grad. Call train_only with its name."
         else:
-            yield from _factor_problems(where, trained, ran[id(adapter)])
+            yield from _factor_problems(where, trained, ran[id(adapter)], later.get(id(adapter), ran[id(adapter)]))
 
 
-def _factor_problems(where: str, trained: list[tuple[str, nn.Parameter]], found: list[Tensor | None]) -> Iterator[str]:
+def _factor_problems(
+    where: str, trained: list[tuple[str, nn.Parameter]], found: list[Tensor | None], later: list[Tensor | None]
+) -> Iterator[str]:
     if all(gradient is None for gradient in found):
         yield f"{where} got no gradient: its output does not reach the model's. Look for detach() or no_grad()."
         return
     by_key = dict(zip([key for key, _ in trained], found, strict=True))
-    still = [key for key, gradient in by_key.items() if gradient is None or not gradient.any()]
-    dead = [key for key, p in trained if key in still and not p.any()]
+    still = [key for key, gradient in by_key.items() if _is_still(gradient)]
+    dead = [
+        key for (key, p), then in zip(trained, later, strict=True) if key in still and _is_still(then) and not p.any()
+    ]
     if dead:
         zero = ", ".join(f"{key} is all zero and gets no gradient" for key in dead)
         yield f"{where} has a dead factor: {zero}. Reset the adapter."

@@ -1,6 +1,7 @@
 """Walking a model: its hosts, their adapters, and the selection that they share."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from ._errors import AdapterError
 from ._host import Selection, adapters_of, is_host, parts
 
 _views: weakref.WeakKeyDictionary[Selection, "weakref.WeakSet[Selection]"] = weakref.WeakKeyDictionary()
+_one_thread = threading.RLock()  # while the table is walked, a view made elsewhere would end the walk
 
 
 def candidates(model: nn.Module, *, aliases: bool = False) -> list[tuple[str, nn.Module]]:
@@ -125,13 +127,16 @@ def _all_hosts(model: nn.Module) -> Iterator[Any]:
 
 def remember_view(original: Selection, view: Selection) -> None:
     """A view of a view is one of the model that the first was made from."""
-    root = next((root for root, views in _views.items() if original in views), original)
-    _views.setdefault(root, weakref.WeakSet()).add(view)
+    with _one_thread:
+        root = next((root for root, views in _views.items() if original in views), original)
+        _views.setdefault(root, weakref.WeakSet()).add(view)
 
 
 def require_no_views(selection: Selection, doing: str) -> None:
     """What changes modules or weights is seen by every face of a model, so it waits until there is one."""
-    if any(selection in views for views in _views.values()):
+    with _one_thread:
+        is_view = any(selection in views for views in _views.values())
+    if is_view:
         raise AdapterError(
             f"{doing}: this is a view, and a view only selects. Call it on the model that it was made from."
         )

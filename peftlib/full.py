@@ -21,15 +21,18 @@ class Full(Adapter):
     .. math:: y = \mathrm{host}_{W'}(x), \qquad W' = W \text{ at the start}
 
     Persistent buffers among the names are copied too, so the running statistics of a BatchNorm stay with the adapter.
+    With `rows`, only these rows are copied and train: new tokens of an embedding, say.
 
     Args:
         host: the module to adapt, from `inject`.
         params: glob, or list of globs, over the names of the host's parameters and buffers, those of its children
             included ("bias", "*.weight"); default all.
+        rows: indices into the first dimension of each chosen weight; default all of it.
         dtype: of the copies of floating-point parameters; default the weight's own, or float32 beside half precision.
 
     Raises:
-        AdapterError: a pattern that matches nothing, a host without weights, or weights that are not floating point.
+        AdapterError: a pattern that matches nothing, a host without weights, weights that are not floating point, or
+            rows that are not there, or named twice.
 
     Example:
         >>> import torch, peftlib
@@ -40,16 +43,21 @@ class Full(Adapter):
         ['2']
     """
 
+    rows: Tensor | None
+
     def __init__(
         self,
         host: nn.Module,
         *,
         params: str | Sequence[str] | None = None,
+        rows: Sequence[int] | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.aliases = _chosen(host, params)
-        self.replaces = tuple(alias for aliases in self.aliases.values() for alias in aliases)
+        self.replaces = tuple(alias for aliases in self.aliases.values() for alias in aliases) if rows is None else ()
+        self.register_buffer("rows", None if rows is None else _rows_of(host, [*self.aliases], rows), persistent=False)
+        self.axes = {f"{_OWN}.weight": (0, 1), f"{_OWN}.bias": (0, None)} if rows is None else {}
         self.own = nn.Module()
         for path in self.aliases:
             self._copy(host, path, dtype)
@@ -58,6 +66,8 @@ class Full(Adapter):
         _require_read(host, path)
         owner, leaf = _container(self.own, path)
         weight = weight_of(host, path)
+        if self.rows is not None:
+            weight = nn.Parameter(weight.detach().index_select(0, self.rows))
         if not isinstance(weight, nn.Parameter):
             owner.register_buffer(leaf, weight.detach().clone())
             return
@@ -70,7 +80,15 @@ class Full(Adapter):
 
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
         """The copies, under every name by which the host knows them."""
-        return {alias: weight_of(self.own, path) for path, aliases in self.aliases.items() for alias in aliases}
+        return {alias: self._value(host, path) for path, aliases in self.aliases.items() for alias in aliases}
+
+    def _value(self, host: nn.Module, path: str) -> Tensor:
+        copy = weight_of(self.own, path)
+        if self.rows is None:
+            return copy
+        weight = weight_of(host, path)
+        wide = torch.promote_types(weight.dtype, copy.dtype)
+        return weight.to(wide).index_copy(0, self.rows, copy.to(wide))
 
     @classmethod
     def split(cls, host: nn.Module, inner: str, config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -81,6 +99,19 @@ class Full(Adapter):
 
     def file_keys(self) -> dict[str, str]:
         return {key.removeprefix(f"{_OWN}."): key for key in self.state_dict()}
+
+
+def _rows_of(host: nn.Module, paths: list[str], rows: Sequence[int]) -> Tensor:
+    for path in paths:
+        weight = weight_of(host, path)
+        height = weight.shape[0] if weight.dim() > 1 else 0
+        sound = all(type(row) is int and 0 <= row < height for row in rows) and len({*rows}) == len(rows) > 0
+        if not sound or not weight.is_floating_point():
+            raise AdapterError(
+                f"rows={list(rows)[:8]}: {type(host).__name__}.{path} has shape {tuple(weight.shape)}, dtype "
+                f"{weight.dtype}. Name rows of a floating-point matrix, each once."
+            )
+    return torch.tensor(list(rows), device=weight_of(host, paths[0]).device)
 
 
 def _require_read(host: nn.Module, path: str) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -68,6 +68,12 @@ class LoRA(Adapter):
 
     initial_A: Tensor
     initial_B: Tensor
+    axes: Mapping[str, tuple[int | None, int | None]] = {
+        "lora_A": (None, 1),
+        "initial_A": (None, 1),
+        "lora_B": (0, None),
+        "initial_B": (0, None),
+    }
 
     def __init__(
         self,

@@ -1,0 +1,54 @@
+"""A second face of a model: its module objects copied, its tensors shared, also while the model runs elsewhere."""
+
+import copy
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def face(model: nn.Module, meta: bool = False) -> Any:
+    """A copy of the module objects that shares every tensor with the original, or has them all on the meta device."""
+    shared: dict[int, Any] = {}
+    for module in model.modules():
+        tensors = [*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()]
+        shared.update({id(item): _on_meta(item) if meta else item for item in tensors if isinstance(item, Tensor)})
+    other = copy.deepcopy(model, shared)
+    for module in other.modules():
+        _lift(module)
+    return other
+
+
+def _lift(module: Any) -> None:
+    shadows = _shadows(module, module.__dict__)
+    for name in shadows:
+        del module.__dict__[name]
+    if shadows and isinstance(module, nn.RNNBase):  # it computes from a list of its weights
+        weights = [getattr(module, name) for name in module._flat_weights_names]
+        module.__dict__.update(_flat_weights=weights, _flat_weight_refs=[weakref.ref(weight) for weight in weights])
+
+
+def unshadowed(module: Any, state: Any) -> Any:
+    """A module's state without what stands before its own tensors only while a call lasts, in another thread maybe."""
+    if not isinstance(state, dict):
+        return state
+    state = dict(state)  # at once: the call may end in the middle of a copy
+    for name in _shadows(module, state):
+        del state[name]
+    return state
+
+
+def _shadows(module: Any, state: dict[str, Any]) -> list[str]:
+    return [name for name, value in state.items() if isinstance(value, Tensor) and _is_read_elsewhere(module, name)]
+
+
+def _is_read_elsewhere(module: Any, name: str) -> bool:
+    """A registered tensor or a computed one is never in `__dict__` of its own accord."""
+    computed = isinstance(getattr(type(module), name, None), property)
+    return computed or name in module._parameters or name in module._buffers
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

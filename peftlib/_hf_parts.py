@@ -1,0 +1,59 @@
+"""Adapters in the making: host, kind, keywords and tensors, put into a model all or nothing."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ._adapter import Adapter
+from ._errors import AdapterError
+from ._model import install, require_changeable
+from ._place import Place, Placed, build, require_adaptable, require_free, require_name
+from ._rebuild import entries, fill, require_keys
+from ._walk import candidates
+
+
+class Part(NamedTuple):
+    """One adapter to be, with the tensors that it has in a file of ours; without tensors it starts fresh."""
+
+    host_name: str
+    host: nn.Module
+    kind: type[Adapter]
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor] | None = None
+
+
+def install_parts(model: nn.Module, parts: list[Part], name: str, where: str, *, freeze: bool = True) -> list[str]:
+    """Puts all parts in under one name, or none; returns the hosts in the model's order."""
+    require_name(name)
+    require_changeable(model, "load")
+    placed = [_placed(part, name, where) for part in parts]
+    require_free(model, placed)
+    for part, item in zip(parts, placed, strict=True):
+        if part.tensors is not None:
+            _fill(part, item, where)
+    install(model, placed, freeze=freeze)
+    hosts = {part.host_name for part in parts}
+    return [host_name for host_name, _ in candidates(model) if host_name in hosts]
+
+
+def _placed(part: Part, name: str, where: str) -> Placed:
+    require_adaptable(part.host_name, part.host)
+    place = Place(part.host_name, part.host, part.config)
+    try:
+        return build(place, part.kind, name, on_meta=part.tensors is not None)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise AdapterError(
+            f"{where}: {part.host_name or 'the root'}: {part.kind.__name__} refuses its configuration ({reason}). "
+            "Correct the configuration."
+        ) from None
+
+
+def _fill(part: Part, item: Placed, where: str) -> None:
+    """In the dtype of a fresh adapter: float32 beside a half-precision base, whatever the file has."""
+    named = {f"{part.host_name}.{key}".lstrip("."): tensor for key, tensor in (part.tensors or {}).items()}
+    require_keys([item], {key: {"shape": list(tensor.shape)} for key, tensor in named.items()}, where)
+    dtypes = {key: state.dtype for key, _, state in entries(item)}
+    float_to = {key: dtypes[key] if t.is_floating_point() else t.dtype for key, t in named.items()}
+    fill([item], lambda key: named[key].to(float_to[key], copy=True), where)

@@ -1,0 +1,150 @@
+"""What a file says, rebuilt beside a model, or refused before the model is touched."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._adapter import KINDS, Adapter
+from ._bounded import Bounded
+from ._errors import AdapterError
+from ._file import Path
+from ._header import Header, shown, some
+from ._keywords import require_keywords
+from ._place import Place, Placed, build, require_adaptable
+from ._readers import reader_of
+from ._walk import candidates
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_SLACK = 2**26  # 64 MiB for whatever a kind computes on the way
+
+# A constructor that is given a stranger's keywords may fail in any of these ways.
+_REFUSALS = (
+    AdapterError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    MemoryError,
+)
+
+
+def rebuilt(model: nn.Module, header: Header, name: str, path: Path) -> Iterator[Placed]:
+    by_name = dict(candidates(model))
+    absent = [host_name for host_name in header["hosts"] if host_name not in by_name]
+    if absent:
+        raise AdapterError(
+            f"{os.fspath(path)}: made for another model: {some(absent)} not in {type(model).__name__}. "
+            "Load it onto its own base."
+        )
+    size = os.path.getsize(path)
+    for host_name, positions in header["hosts"].items():
+        _require_called(model, host_name, by_name[host_name], os.fspath(path))
+        for one in (header["configs"][at] for at in positions):
+            kind, where = _kind(one["kind"], os.fspath(path)), f"{os.fspath(path)}: {host_name or 'the root'}"
+            try:
+                require_keywords(kind, one["config"])
+                place = Place(host_name, by_name[host_name], one["config"])
+                placed = _within(size, build, place, kind, name, on_meta=True)
+            except _REFUSALS as error:
+                reason = shown(str(error).partition("\n")[0])
+                raise AdapterError(
+                    f"{where}: {kind.__name__} refuses its configuration ({reason}). Save it again from its model."
+                ) from None
+            yield placed
+
+
+def _kind(name: str, path: str) -> type[Adapter]:
+    if name not in KINDS:
+        raise AdapterError(
+            f"{path}: kind {shown(repr(name))} is unknown here. Import the module that defines it first."
+        )
+    return KINDS[name]
+
+
+def _require_called(model: nn.Module, host_name: str, host: nn.Module, path: str) -> None:
+    """As at inject: a child whose weights its parent reads is no host."""
+    require_adaptable(host_name, host)
+    *_, inner = reader_of(model, host_name, host)
+    if inner:
+        raise AdapterError(
+            f"{path}: {host_name} is read by its parent without being called, so an adapter there would never run. "
+            "Save it again from its model."
+        )
+
+
+def _within(size: int, make: Callable[..., Placed], place: Place, *args: Any, **kwargs: Any) -> Placed:
+    """Keywords from a file may take no more memory than the file and the host, and a little, are worth."""
+    with Bounded(_SLACK + size + sum(parameter.nbytes for parameter in place.host.parameters())):
+        return make(place, *args, **kwargs)
+
+
+def require_keys(placed: list[Placed], found: dict[str, Any], path: str) -> None:
+    expected = {key: state.shape for item in placed for key, _, state in entries(item)}
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unexpected:
+        raise AdapterError(
+            f"{path}: missing {some(missing)}; unexpected {some(unexpected)}. Save it again from its model."
+        )
+    for key, shape in expected.items():
+        if found[key]["shape"] != list(shape):
+            raise AdapterError(
+                f"{path}: {key} has shape {shown(str(found[key]['shape']))}, this model needs {list(shape)}. "
+                "Load it onto its own base."
+            )
+
+
+def entries(item: Placed) -> Iterator[tuple[str, str, Tensor]]:
+    """For each tensor: its key in the file, its key in the adapter, and the tensor."""
+    state = item.adapter.state_dict()
+    for key, inner in item.adapter.file_keys().items():
+        yield f"{item.host_name}.{key}".lstrip("."), inner, state[inner]
+
+
+def fill(placed: list[Placed], tensor_of: Callable[[str], Tensor], path: str) -> None:
+    for item in placed:
+        device = next((p.device for p in item.host.parameters()), torch.device("cpu"))
+        state = {inner: _checked(tensor_of(key), expected, key, path) for key, inner, expected in entries(item)}
+        if device.type != "meta":
+            state = {inner: tensor.to(device) for inner, tensor in state.items()}
+        item.adapter.load_state_dict(state, assign=True)
+        if device.type != "meta":
+            _complete(item)
+
+
+def _complete(item: Placed) -> None:
+    """Tensors that are not in the file, non-persistent buffers, are those of an adapter made on the real host."""
+    made: Adapter | None = None
+    for path, module in item.adapter.named_modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                made = made or _made_on_host(item)
+                module._buffers[leaf] = made.get_submodule(path)._buffers[leaf]
+
+
+def _made_on_host(item: Placed) -> Adapter:
+    size = sum(tensor.nbytes for tensor in item.adapter.state_dict().values())
+    place = Place(item.host_name, item.host, item.adapter.config)
+    return _within(size, build, place, type(item.adapter), "").adapter
+
+
+def _checked(tensor: Tensor, expected: Tensor, key: str, path: str) -> Tensor:
+    """Any of torch's own widths will do for a floating-point tensor; every other dtype must be the same."""
+    if tensor.dtype != expected.dtype and not (tensor.dtype in _FLOATS and expected.dtype in _FLOATS):
+        raise AdapterError(f"{path}: {key} is {tensor.dtype}, expected {expected.dtype}. Save it again from its model.")
+    if not tensor.numel():
+        raise AdapterError(f"{path}: {key} is empty. Save it again from its whole model.")
+    if not is_finite(tensor):
+        raise AdapterError(f"{path}: {key} holds NaN or infinity. Train again from a sound checkpoint.")
+    return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return True
+    known = tensor.is_complex() or tensor.dtype in _FLOATS
+    return bool((tensor if known else tensor.float()).isfinite().all())

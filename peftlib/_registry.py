@@ -1,0 +1,135 @@
+"""Keys and values in front inside an attention that a transformers model takes from its registry of functions."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._adapter import shadowed
+from ._errors import AdapterError
+from ._flex import blocks_in_front
+from ._front import Front, visible
+from ._host import base_type
+
+# Tensors of a call that say nothing of the keys, so that keys may come in front of them.
+_KNOWN = ("position_bias", "position_ids", "cache_position", "s_aux")
+
+
+class _Name(str):
+    """An implementation's name, equal to it, yet another key: the modelling code compares names, the registry hashes
+    them."""
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class _Config:
+    """The host's config for one call: all as it was, but the registry finds `_attend` under the name."""
+
+    def __init__(self, config: Any, front: Front) -> None:
+        self.given, self.front = config, front
+        self._attn_implementation = _Name(config._attn_implementation)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.given, name)
+
+
+def uses_registry(host: nn.Module) -> bool:
+    """Whether the host's attention can only be met in the registry: what calls torch's own function is met there."""
+    name = getattr(getattr(host, "config", None), "_attn_implementation", None)
+    meant = isinstance(name, str) and (name in ("eager", "flex_attention") or "flash" in name)
+    return meant and _registry_of(host)[0] is not None
+
+
+def _registry_of(host: nn.Module) -> tuple[Any, Any]:
+    """The registry and the eager function that the host's forward reads from its own file."""
+    cls: Any = base_type(type(host))
+    forward = inspect.unwrap(cls.forward)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    eager = next((name for name in names if name.endswith("eager_attention_forward")), "")
+    if "ALL_ATTENTION_FUNCTIONS" not in names or not eager:
+        return None, None
+    return forward.__globals__["ALL_ATTENTION_FUNCTIONS"], forward.__globals__[eager]
+
+
+@contextlib.contextmanager
+def registered(host: Any, front: Front) -> Iterator[None]:
+    registry, _ = _registry_of(host)
+    config: Any = _Config(host.config, front)
+    if config._attn_implementation not in registry:
+        registry.register(config._attn_implementation, _attend)
+    with shadowed(host, {"config": config}):
+        yield
+
+
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """What stands in the registry: queries, keys and values are [batch, heads, tokens, dim], the result
+    [batch, tokens, heads, dim]."""
+    config = module.config
+    front: Front = config.front
+    front.meet()
+    with shadowed(module, {"config": config.given}):
+        registry, eager = _registry_of(module)
+        function = registry.get_interface(config.given._attn_implementation, eager)
+        if front.gate is not None:
+            y, shares = function(module, query, key, value, attention_mask, *args, **kwargs)
+            scale = kwargs.get("scaling", getattr(module, "scaling", None))
+            return y + front.term(query, scale).transpose(1, 2), shares
+        _require_understood(front, kwargs)
+        if "flash" in config.given._attn_implementation:
+            kwargs = _flash_keywords(front, function, query, key, attention_mask, kwargs)
+        attention_mask, padding = _mask_in_front(front, attention_mask, key.shape[-2])
+        if kwargs.get("position_bias") is not None:
+            bias = kwargs["position_bias"]
+            kwargs = {**kwargs, "position_bias": F.pad(bias, (front.length + padding, 0))}
+        key, value = front.beside(key, value, padding)
+        y, shares = function(module, query, key, value, attention_mask, *args, **kwargs)
+    return y, shares[..., front.length :] if isinstance(shares, Tensor) and shares.dim() == 4 else shares
+
+
+def _mask_in_front(front: Front, mask: Any, keys: int) -> tuple[Any, int]:
+    """The mask is None, [batch, keys] of ones and zeros, [batch, heads, queries, keys], or in blocks, where keys are to
+    be filled up."""
+    if mask is None:
+        return None, 0
+    if not isinstance(mask, Tensor):
+        return blocks_in_front(front.length, mask)
+    if mask.dim() == 2:
+        return F.pad(mask, (front.length, 0), value=1), 0
+    return visible(mask, front.length, keys), 0
+
+
+def _require_understood(front: Front, kwargs: dict[str, Any]) -> None:
+    for name, item in kwargs.items():
+        unknown = item is not None if name == "cache" else isinstance(item, Tensor) and name not in _KNOWN
+        if unknown:
+            raise AdapterError(
+                f"Prefix around {front.host}: its attention takes {name!r}, which may count keys, and a prefix would "
+                "shift them. Use gate=True, or another attention implementation."
+            )
+
+
+def _flash_keywords(
+    front: Front, function: Any, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Flash attention aligns a causal mask at the last key, so all that is in front is seen: but not past a window,
+    and not by each of several sequences packed into one row."""
+    window, positions = kwargs.get("sliding_window"), kwargs.get("position_ids")
+    packed = mask is None and positions is not None and len(query) == 1 and bool((positions.diff(dim=-1) != 1).any())
+    reasons = {
+        f"a window of {window} over {key.shape[-2]} keys": window is not None and key.shape[-2] > window,
+        "sequences packed into one row": packed,
+        "causal masks aligned at the first key": function.__globals__.get("_use_top_left_mask", False),
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise AdapterError(
+                f"Prefix around {front.host}: flash attention with {reason} would hide the prefix. "
+                "Use gate=True, or another attention implementation."
+            )
+    return {**kwargs, "sliding_window": None, "position_ids": None}

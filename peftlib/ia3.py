@@ -1,0 +1,157 @@
+"""IA3: a learned factor for each output, or each input, of a frozen layer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._adapter import Adapter, trainable_dtype
+from ._errors import AdapterError
+from ._features import features_of
+from ._forms import is_transposed_linear, term_of
+from ._host import base_type
+
+_SIDES = ("output", "input")
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class IA3(Adapter):
+    r"""A learned factor for each feature, which inhibits or amplifies it (Liu et al. 2022, who put it on the outputs of
+    keys and values and on the inputs of the second feed-forward layer).
+
+    .. math:: y = l \odot (W x + b) \quad\text{or}\quad y = W (l \odot x) + b
+
+    l is `factor` and starts at one, so inserting changes nothing. The weight form multiplies the rows of W, and b, or
+    the columns of W. Hosts are Linear, ConvNd, ConvTransposeNd, Embedding, EmbeddingBag, torch's norms, HF `Conv1D`,
+    and MultiheadAttention, where the factors are those of keys and values, one after the other.
+
+    Args:
+        host: the module to adapt, from `inject`.
+        on: "output" or "input": which features are scaled. Linear and the convolutions alone have inputs to scale.
+        dtype: of the factor; default the host's own, or float32 beside half precision.
+
+    Raises:
+        AdapterError: an unknown `on`, a host of another type, one without weights, or one without such an input.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
+        >>> peftlib.inject(model, "2", peftlib.IA3, on="input")
+        ['2']
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+        16
+    """
+
+    def __init__(self, host: nn.Module, *, on: str = "output", dtype: str | torch.dtype | None = None) -> None:
+        super().__init__()
+        _check(host, on)
+        self.on = on
+        self.axes = {"factor": (0, None) if on == "output" else (None, 0)}
+        self.axis, shape = features_of(host).axis, _shape(host, on)
+        self.calls = _has_call_form(host)
+        like = next(host.parameters(recurse=False))
+        self.factor = nn.Parameter(torch.ones(shape, device=like.device, dtype=trainable_dtype(dtype, like)))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets the factor to one. A model on the meta device calls this once it is real."""
+        self.factor.fill_(1.0)
+
+    def forward(self, host: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.calls:
+            return super().forward(host, call, *args, **kwargs)
+        if self.on == "output":
+            return self._scaled(call(*args, **kwargs))
+        if args:
+            return call(self._scaled(args[0]), *args[1:], **kwargs)
+        (name, x), *rest = kwargs.items()  # a stock layer's first argument is its only tensor
+        return call(**{name: self._scaled(x)}, **dict(rest))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """In the dtype of x, rounded once. Autograd keeps x and the factor, no product."""
+        behind = -1 - self.axis if self.axis < 0 else x.dim() - 1 - self.axis
+        return (x * self.factor.view(*self.factor.shape, *[1] * behind)).to(x.dtype)
+
+    def fold(self, host: nn.Module) -> dict[str, Tensor]:
+        """Rows of the weight, and the bias, times the factor; or columns of the weight."""
+        factor = self.factor.to(torch.promote_types(self.factor.dtype, torch.float32))
+        if isinstance(host, nn.MultiheadAttention):
+            return _fold_attention(host, factor)
+        weight: Any = host.weight
+        if not weight.is_floating_point():
+            raise AdapterError(f"{type(host).__name__}.weight is {weight.dtype}, not floating point. Keep IA3 live.")
+        folded = {"weight": weight * _beside(host, self.on, factor, weight)}
+        bias: Any = getattr(host, "bias", None)
+        return folded if bias is None or self.on == "input" else {**folded, "bias": bias * factor}
+
+
+def _beside(host: Any, on: str, factor: Tensor, weight: Tensor) -> Tensor:
+    """The factor in a shape that multiplies the weight."""
+    behind = [1] * (weight.dim() - 2)
+    if isinstance(host, _NORMS):
+        return factor
+    if isinstance(host, _LOOKUPS) or (is_transposed_linear(host) and on == "output"):
+        return factor[None, :]
+    if isinstance(host, _TRANSPOSED) and on == "output":  # [in, out/groups, *kernel], a group's inputs together
+        return _of_groups(host, factor, weight.shape[0])
+    if isinstance(host, _CONVS) and on == "input":  # [out, in/groups, *kernel], a group's outputs together
+        return _of_groups(host, factor, weight.shape[0])
+    if isinstance(host, nn.Linear) and on == "input":
+        return factor[None, :]
+    return factor.view(-1, 1, *behind)
+
+
+def _of_groups(host: Any, factor: Tensor, rows: int) -> Tensor:
+    """[rows, of each group, 1...] from the factors of all groups in a row."""
+    by_group = factor.view(host.groups, -1).repeat_interleave(rows // host.groups, 0)
+    return by_group.view(*by_group.shape, *[1] * len(host.kernel_size))
+
+
+def _fold_attention(host: nn.MultiheadAttention, factor: Tensor) -> dict[str, Tensor]:
+    rows = torch.cat([torch.ones_like(factor[: host.embed_dim]), factor])  # of queries, keys and values
+    folded: dict[str, Tensor] = {}
+    if host.in_proj_weight is not None:
+        folded["in_proj_weight"] = host.in_proj_weight * rows[:, None]
+    else:
+        keys, values = factor.view(2, -1, 1)
+        folded["k_proj_weight"], folded["v_proj_weight"] = host.k_proj_weight * keys, host.v_proj_weight * values
+    if host.in_proj_bias is not None:
+        folded["in_proj_bias"] = host.in_proj_bias * rows
+    return folded
+
+
+def _shape(host: Any, on: str) -> tuple[int, ...]:
+    if isinstance(host, nn.MultiheadAttention):
+        return (2 * host.embed_dim,)
+    if isinstance(host, _NORMS):
+        return tuple(host.weight.shape)
+    size = getattr(features_of(host), f"{on}s")
+    return (size,)
+
+
+def _has_call_form(host: Any) -> bool:
+    """A subclass with a forward of its own may do more than the stock layer, so there the weights speak."""
+    if isinstance(host, _NORMS):
+        forward: Callable[..., Any] = base_type(type(host)).forward  # pyright: ignore[reportAttributeAccessIssue]
+        return any(forward is getattr(norm, "forward", None) for norm in _NORMS)
+    return not isinstance(host, nn.MultiheadAttention) and term_of(host, "weight") is not None
+
+
+def _check(host: Any, on: str) -> None:
+    if on not in _SIDES:
+        raise AdapterError(f"on={on!r} is none of 'output', 'input'. Pass one of them.")
+    with_inputs = isinstance(host, (nn.Linear, *_CONVS, *_TRANSPOSED)) or is_transposed_linear(host)
+    found = type(host).__name__
+    if not with_inputs and not isinstance(host, (*_LOOKUPS, *_NORMS, nn.MultiheadAttention)):
+        raise AdapterError(
+            f"IA3 does not know which of the weights of {found} give which features. Target Linear, ConvNd, "
+            "ConvTransposeNd, Embedding, EmbeddingBag, HF Conv1D, MultiheadAttention or a norm of torch."
+        )
+    if not with_inputs and on == "input":
+        raise AdapterError(f'on="input": {found} has no input that a factor can scale alone. Use on="output".')
+    if isinstance(host, _NORMS) and host.weight is None:
+        raise AdapterError(f"{found} has no weight (it is not affine), so the factor has no weight form. Exclude it.")
