@@ -353,6 +353,7 @@ HOSTS = [
         full_target="host",
         make={"batch_first": True},
         keywords=_blind,
+        fast_path=True,
     ),
     _attention(
         "attention-extra-keys",

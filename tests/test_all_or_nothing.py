@@ -1,14 +1,31 @@
 """A failure in the middle, at any host, leaves the model as it was: every bit, every attribute, every class."""
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from helpers import Fault, Gain, changes, fail_at_every_call, failing, linears, moved, network, snapshot, tokens
-from torch import nn
+from helpers import (
+    Fault,
+    Gain,
+    base_bits,
+    bits,
+    changes,
+    fail_at_every_call,
+    failing,
+    linears,
+    moved,
+    network,
+    snapshot,
+    tokens,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import peftlib
-from peftlib import AdapterError, Full, LoRA, _host, _io, _model
+from peftlib import AdapterError, Full, LoRA, _host, _io, _model, _rebuild
 from peftlib._fold import Folded
 
 
@@ -187,7 +204,7 @@ LOADING = {
     "constructor": (LoRA, "__init__", 3),
     "constructor of another kind": (Full, "__init__", 2),
     "fill": (peftlib.Adapter, "load_state_dict", 5),
-    "check": (_io, "_checked", 10),
+    "check": (_rebuild, "_checked", 10),
     "fingerprint": (_io, "fingerprint", 5),
     "put": (_model, "put", 5),
     "adopt": (_model, "adopt", 5),
@@ -232,3 +249,162 @@ def test_activate_and_train_only_of_an_absent_name_change_nothing():
         with pytest.raises(AdapterError, match="no adapter named 'c'"):
             act(model, "a", "c")
     assert changes(before, model) == []
+
+
+# ---- unmerge, freezing and thawing
+
+
+def all_merged() -> Any:
+    model = adapted()
+    peftlib.merge(model)
+    return model
+
+
+def values(model: Any) -> dict[str, Any]:
+    """Weights, the copies kept for them, and what is merged; a copy may be another object than it was."""
+    kept = {
+        f"{name}.{leaf}": bits(copy)
+        for name, module in model.named_modules()
+        for leaf, copy in vars(module).get("_peftlib_backup", {}).items()
+    }
+    selection = next(s for module in model.modules() if (s := getattr(module, "selection", None)))
+    return {"kept": kept, "weights": base_bits(model), "merged": selection.merged, "active": selection.active}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("attribute", ["copy_", "to", "detach"])
+def test_unmerge_fails_at_each_weight_and_stays_merged(attribute, late):
+    original, at = base_bits(adapted_once()), 0
+    while True:
+        model = adapted_once()
+        peftlib.merge(model)
+        before = values(model)
+        with failing(torch.Tensor, attribute, at, late) as struck, contextlib.suppress(Fault):
+            peftlib.unmerge(model)
+        if not struck:
+            break
+        assert values(model) == before
+        peftlib.unmerge(model)
+        assert base_bits(model) == original
+        at += 1
+    assert at >= 9
+
+
+def adapted_once() -> Any:
+    torch.manual_seed(0)
+    return adapted()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_freezing_and_thawing_fail_at_each_parameter(late):
+    assert fail_at_every_call(network, put_in, torch.Tensor, "requires_grad_", late) >= 9
+    assert fail_at_every_call(adapted, take_all, torch.Tensor, "requires_grad_", late) >= 9
+
+
+def test_eject_thaws_a_complex_weight_and_passes_by_one_that_was_packed_since():
+    model = linears()
+    model[1].register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
+    peftlib.inject(model, "0", LoRA)
+    model[0].bias = nn.Parameter(torch.ones(4, dtype=torch.int8), requires_grad=False)
+    peftlib.eject(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "0.weight",
+        "1.weight",
+        "1.bias",
+        "1.phase",
+    }
+
+
+# ---- out of memory
+
+
+class Allocator(TorchDispatchMode):
+    """The allocation number `at` fails, as it does where memory has run out."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.count, self.struck = at, 0, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and not leaf.is_meta]
+        if any(leaf.untyped_storage()._cdata not in given for leaf in made):
+            self.count += 1
+            if self.count == self.at + 1:
+                self.struck = True
+                raise torch.OutOfMemoryError("simulated")
+        return result
+
+
+def put_in_all_kinds(model: Any) -> None:
+    peftlib.inject(model, ["q_proj", "head"], LoRA, rank=3, init="pissa", name="new")
+
+
+def small() -> Any:
+    return network(layers=1)
+
+
+def small_adapted() -> Any:
+    return adapted(small)
+
+
+OUT_OF_MEMORY = {
+    "inject": (small, put_in_all_kinds),
+    "inject into an adapted model": (small_adapted, put_in_all_kinds),
+    "merge": (small_adapted, peftlib.merge),
+    "merge in half precision": (lambda: small_adapted().to(torch.bfloat16), peftlib.merge),
+    "eject for good": (small_adapted, lambda model: peftlib.eject(model, merge=True)),
+    "stream": (small_adapted, lambda model: dict(peftlib.merged_state_dict(model))),
+}
+
+
+@pytest.mark.parametrize(("make", "act"), OUT_OF_MEMORY.values(), ids=list(OUT_OF_MEMORY))
+def test_memory_runs_out_at_each_allocation(make, act):
+    assert run_out_of_memory(make, act, watched) >= 5
+
+
+def test_memory_runs_out_at_each_allocation_of_unmerge():
+    assert run_out_of_memory(all_merged, peftlib.unmerge, unmoved) >= 9
+
+
+def watched(model: Any) -> Callable[[], Any]:
+    before = snapshot(model)
+    return lambda: changes(before, model)
+
+
+def unmoved(model: Any) -> Callable[[], Any]:
+    before = values(model)
+    return lambda: values(model) != before
+
+
+def test_eject_and_view_allocate_nothing():
+    for act in (take_all, lambda model: peftlib.view(model, "a")):
+        assert run_out_of_memory(adapted, act, unmoved) == 0
+
+
+def run_out_of_memory(make: Any, act: Any, watch: Callable[[Any], Callable[[], Any]]) -> int:
+    """Lets each allocation of `act` fail once; returns how many there are."""
+    for at in range(10_000):
+        model = make()
+        changed = watch(model)
+        with Allocator(at) as allocator, contextlib.suppress(torch.OutOfMemoryError, ValueError, AdapterError):
+            act(model)  # torch tells some failures inside its parsers as a ValueError
+        if not allocator.struck:
+            return at
+        assert not changed(), f"allocation {at}"
+        act(model)
+    raise AssertionError
+
+
+def test_memory_runs_out_at_each_allocation_of_load_and_save(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    model = small()
+    peftlib.inject(model, "head", LoRA, rank=2)
+    peftlib.inject(model, nn.LayerNorm, Full)
+    peftlib.save(model, path)
+    whole = path.read_bytes()
+    assert run_out_of_memory(small, lambda model: peftlib.load(model, path), watched) >= 10
+    assert path.read_bytes() == whole
+    assert run_out_of_memory(small_adapted, lambda model: peftlib.save(model, tmp_path / "other", "b"), watched) >= 10
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, "other"}

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import pickle
 import re
@@ -41,23 +42,79 @@ def _low_rank_weights(host: Host, host_name: str, config: dict[str, Any], owner:
     return {param: weight + scale * delta}
 
 
+def _dora_weights(host: Host, host_name: str, config: dict[str, Any], owner: nn.Module, leaves: Leaves) -> Leaves:
+    """m ⊙ V/‖V‖ by hand, V = W + s·B·A, the norm a constant in the gradient."""
+    ((param, moved),) = _low_rank_weights(host, host_name, config, owner, leaves).items()
+    layout = (host.weights or {})[host_name][param]
+    norms = reference.row_norms(layout, moved.detach(), getattr(owner, "groups", 1))
+    magnitude = leaves["magnitude"]
+    if layout is reference.transposed_kernel:
+        magnitude = magnitude.view(owner.groups, 1, -1).expand(-1, moved.shape[0] // owner.groups, -1).flatten(0, 1)
+        magnitude = magnitude.reshape(*magnitude.shape, *[1] * (moved.dim() - 2))
+    else:
+        magnitude = magnitude if layout is reference.columns else magnitude.view(norms.shape)
+    return {param: magnitude * moved / norms}
+
+
+def _prefix_beside(config: dict[str, Any], leaves: Leaves, owner: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """What torch's attention gives, and out_proj of tanh(gate)·softmax(q·P_Kᵀ/√d)·P_V, by hand; its shares stay."""
+    y, shares = output
+    bias = None if owner.in_proj_bias is None else owner.in_proj_bias[: owner.embed_dim]
+    weight = owner.q_proj_weight if owner.in_proj_weight is None else owner.in_proj_weight[: owner.embed_dim]
+    q = nn.functional.linear(args[0], weight, bias).unflatten(-1, (owner.num_heads, -1)).unsqueeze(-2)
+    own = (q @ leaves["prefix_key"].mT / q.shape[-1] ** 0.5).softmax(-1) @ leaves["prefix_value"]
+    return y + (own * leaves["gate"].tanh()).flatten(-3) @ owner.out_proj.weight.T, shares
+
+
 def _own_weights(host: Host, host_name: str, config: dict[str, Any], owner: nn.Module, leaves: Leaves) -> Leaves:
     return {key.removeprefix("own."): value for key, value in leaves.items()}
 
 
+def _factor_weights(host: Host, host_name: str, config: dict[str, Any], owner: Any, leaves: Leaves) -> Leaves:
+    """Rows of W, and b, times l, or columns of W; of attention's projections the rows of keys and values."""
+    factor, on, groups = leaves["factor"], config["on"], getattr(owner, "groups", 1)
+    if isinstance(owner, nn.MultiheadAttention):
+        width = owner.embed_dim
+        every = torch.cat([torch.ones_like(factor[:width]), factor])
+        found = {"in_proj_weight": every[:, None], "in_proj_bias": every}
+        found |= {"k_proj_weight": factor[:width, None], "v_proj_weight": factor[width:, None]}
+        named = {name: owner._parameters.get(name) for name in found}
+        return {name: p.detach() * found[name] for name, p in named.items() if p is not None}
+    layouts = {reference.columns: "columns", reference.transposed_kernel: "transposed"}
+    layout = (host.weights or {}).get(host_name, {}).get("weight")
+    weight = owner.weight.detach()
+    found = {"weight": reference.scaled(layouts.get(layout, "rows"), factor, weight, on, groups)}
+    if on == "output" and getattr(owner, "bias", None) is not None:
+        found["bias"] = owner.bias.detach() * factor
+    return found
+
+
+def _bottleneck_beside(config: dict[str, Any], leaves: Leaves, owner: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """What the host gives, with y + s·f(y), or y + s·f(x), in the place of y, by hand."""
+    y, *rest = output if isinstance(output, tuple) else (output,)
+    (x, *_) = args or kwargs.values()
+    axis = -1 - len(owner.kernel_size) if hasattr(owner, "kernel_size") else -1
+    axis = 1 if isinstance(owner, (nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d)) else axis
+    changed = reference.bottleneck(config, leaves, y, x, axis)
+    return (changed, *rest) if isinstance(output, tuple) else changed
+
+
 @dataclass(frozen=True)
 class Kind:
-    """One row: how the kind is put in, and what each weight then is, by hand. `refuses` gives a message or none."""
+    """One row: how the kind is put in, and by hand, what each weight then is, or, for a kind without a weight form,
+    `beside`: what the host then gives. `refuses` gives a message or none."""
 
     name: str
     kind: type[peftlib.Adapter]
     config: Mapping[str, Any]
-    weights: Callable[..., Leaves]
+    weights: Any  # what gives Leaves, or None
     refuses: Callable[[Host], str]
+    beside: Callable[..., Any] | None = None
     random: bool = False
     extra: bool = False
     plain: bool = True
     pins_values: Callable[[Host], bool] = lambda host: True
+    roundings: int = 4
 
 
 def _no_matrix(host: Host) -> str:
@@ -78,12 +135,73 @@ def _lora(name: str, refuses: Callable[[Host], str] = _no_matrix, **config: Any)
     return Kind(name, peftlib.LoRA, {"rank": 2, "alpha": 3.0, **config}, _low_rank_weights, refuses, **flags)
 
 
+def _dora(name: str, refuses: Callable[[Host], str] = _no_matrix, **config: Any) -> Kind:
+    row = _lora(name, refuses, **config)
+    return dataclasses.replace(row, kind=peftlib.DoRA, weights=_dora_weights, roundings=7)
+
+
+_NO_SIZE = "does not say how many features"
+_FEATURELESS = {"experts": _NO_SIZE, "raw-matrix": _NO_SIZE, "attention-out": "reads the weights of its child"}
+_KEEPING = ("conv1d-grouped-unbatched", "conv2d-reflect")  # of the convolutions: as many places out as in
+
+
+def _no_features(host: Host) -> str:
+    return _FEATURELESS.get(host.name, "")
+
+
+def _no_parallel(host: Host) -> str:
+    if host.name.startswith(("bag", "embedding", "scaled-embedding", "tied-embedding")):
+        return "does not say how many features it reads"
+    convolves = host.name.startswith(("conv", "transposed", "weight-norm-hook")) and not host.name.endswith("scaled")
+    return "another number of places" if convolves and host.name not in _KEEPING else _no_features(host)
+
+
+def _no_factor(host: Host) -> str:
+    unknown = host.name.startswith(("bilinear", "experts", "raw-matrix", "lstm", "gru", "rnn"))
+    return "IA3 does not know" if unknown else "reads the weights of its child" if host.name == "attention-out" else ""
+
+
+def _no_input_factor(host: Host) -> str:
+    lookups_and_norms = ("bag", "embedding", "scaled-embedding", "tied-embedding", "layer", "rms", "group", "batch")
+    whole = host.name.startswith(("attention", "encoder")) and host.name not in (
+        "attention-out",
+        "encoder-eval-linear1",
+    )
+    inputless = whole or host.name.startswith(lookups_and_norms)
+    return "has no input that a factor" if inputless else _no_factor(host)
+
+
+def _bottleneck(name: str, refuses: Callable[[Host], str] = _no_features, **config: Any) -> Kind:
+    flags = {key: config.pop(key) for key in ("random", "extra") if key in config}
+    # It rounds what `down`, the activation and `up` give, and the sum; with a norm also the mean, the deviation, the
+    # quotient and its affine map.
+    roundings = 8 if "norm" in config else 4
+    row = {"width": 3, **config}
+    return Kind(name, peftlib.Bottleneck, row, None, refuses, beside=_bottleneck_beside, roundings=roundings, **flags)
+
+
+def _no_attention(host: Host) -> str:
+    if host.name == "attention-out":
+        return "reads the weights of its child"
+    return "" if host.name.startswith("attention") else "does not say how many key and value heads"
+
+
 KINDS = [
     _lora("lora"),
     _lora("lora-dropout", _no_input, dropout=0.4, random=True),
     _lora("lora-pissa", init="pissa", rank_stabilized=True),
     _lora("lora-gaussian", init="gaussian", rank_stabilized=True, extra=True),
     _lora("lora-orthogonal", init="orthogonal", extra=True),
+    _dora("dora"),
+    _dora("dora-dropout", _no_input, dropout=0.4, random=True, rank_stabilized=True),
+    Kind("ia3", peftlib.IA3, {}, _factor_weights, _no_factor),
+    Kind("ia3-input", peftlib.IA3, {"on": "input"}, _factor_weights, _no_input_factor),
+    _bottleneck("bottleneck"),
+    _bottleneck("bottleneck-parallel", _no_parallel, position="parallel", norm="before", scale=0.5),
+    _bottleneck("bottleneck-norm-after", norm="after", scale="learned", activation="silu", extra=True),
+    _bottleneck("bottleneck-dropout", dropout=0.4, activation="tanh", random=True, extra=True),
+    # Its scores, their softmax, the product with values, and out_proj round, then the gate and the sum.
+    Kind("prefix", peftlib.Prefix, {"length": 3, "gate": True}, None, _no_attention, _prefix_beside, roundings=8),
     Kind("full", peftlib.Full, {}, _own_weights, _hooked, plain=False, pins_values=lambda host: host.pins),
 ]
 
@@ -105,12 +223,12 @@ def is_extra(kind: Kind, host: Host) -> bool:
 
 
 def put(model: nn.Module, kind: Kind, host: Host, **more: Any) -> list[str]:
-    extra = host.lora if kind.kind is peftlib.LoRA else {}
+    extra = host.lora if issubclass(kind.kind, peftlib.LoRA) else {}
     return peftlib.inject(model, target(kind, host), kind.kind, **{**kind.config, **extra, **more})
 
 
 def target(kind: Kind, host: Host) -> Any:
-    return host.full_target if kind.kind is not peftlib.LoRA and host.full_target is not None else host.target
+    return host.full_target if not issubclass(kind.kind, peftlib.LoRA) and host.full_target is not None else host.target
 
 
 def adapted(kind: Kind, host: Host, dtype: torch.dtype = torch.float32, move: bool = True) -> nn.Module:
@@ -167,6 +285,7 @@ class Result:
     outputs: list[Tensor]
     gradients: dict[str, Tensor] = field(default_factory=dict)
     inputs: list[Tensor] = field(default_factory=list)
+    roundings: int = 4
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"output {n}", tensor) for n, tensor in enumerate(self.outputs))
@@ -219,13 +338,29 @@ def dense(
         own = {key: tensor.detach().double().requires_grad_() for key, tensor in part.named_parameters()}
         leaves |= {f"{at} {name} {key}": own[plain] for (key, _), plain in zip(keyed(part), own, strict=True)}
         fixed = {key: tensor.detach().clone() for key, tensor in part.named_buffers()}
+        if kind.weights is None:
+            expressions |= {f"{at} {name} {key}": leaf for key, leaf in own.items()}
+            continue
         found = kind.weights(host, at, part.config, base.get_submodule(at), own | fixed)
         expressions |= {f"{at}.{path}".lstrip("."): value for path, value in found.items()}
     torch.manual_seed(draw)
     base = base.to(wide)
     apart = {name: jitter(value, wide) if draw else value for name, value in expressions.items()}
-    folded = {name: reference.replace(base, name, value) for name, value in apart.items()}
-    return _run_dense(base, host, dtype, wide, expressions, folded, leaves, **how)
+    if kind.weights is None:
+        folded = {name: value.detach().to(wide).requires_grad_() for name, value in apart.items()}
+        stand_beside(kind, base, peftlib.adapters(model), folded)
+    else:
+        folded = {name: reference.replace(base, name, value) for name, value in apart.items()}
+    found = _run_dense(base, host, dtype, wide, expressions, folded, leaves, **how)
+    return dataclasses.replace(found, roundings=kind.roundings)
+
+
+def stand_beside(kind: Kind, base: nn.Module, adapters: Any, folded: Leaves) -> None:
+    """Changes what each adapted module of the base gives, as the row says it by hand."""
+    for at, name, part in adapters:
+        leaves = {key: folded[f"{at} {name} {key}"] for key, _ in part.named_parameters()}
+        beside: Any = functools.partial(kind.beside, part.config, leaves)
+        base.get_submodule(at).register_forward_hook(beside, with_kwargs=True)
 
 
 def jitter(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -254,19 +389,20 @@ def _run_dense(
     return Result(outputs, dict(zip(leaves, chained, strict=True)), list(found[len(trained) :]))
 
 
-def allowed(exact: Tensor, rounded: list[Tensor], dtype: torch.dtype) -> float:
+def allowed(exact: Tensor, rounded: list[Tensor], dtype: torch.dtype, roundings: int = 4) -> float:
     """What live may be off by, at the largest element.
 
     The dense model run in `dtype` is off by E, for it rounds every weight and every operation once; E is the largest of
     a few runs, in which the weights were rounded to either neighbour. Where it rounds once, the low-rank form rounds
     four times (x·A, times B, the cast, the sum), each by at most eps/2 of what it rounds, and errors travel on through
-    the same model: 4·E, and 4·eps/2·max|y| for an E that is zero by chance. In float64 there is nothing wider to
-    measure E with: 1e-10 is some 1e5 roundings."""
+    the same model: 4·E, and 4·eps/2·max|y| for an E that is zero by chance. DoRA rounds three times more: the norm,
+    m over it, and the product with that. In float64 there is nothing wider to measure E with: 1e-10 is some 1e5
+    roundings."""
     size = exact.abs().max().item() if exact.numel() else 0.0
     if dtype == torch.float64:
         return 1e-10 * max(1.0, size)
     error = max((one.double() - exact).abs().max().item() for one in rounded) if exact.numel() else 0.0
-    return 4 * error + 2 * torch.finfo(dtype).eps * size
+    return roundings * (error + torch.finfo(dtype).eps / 2 * size)
 
 
 def assert_close(found: Result, exact: Result, rounded: list[Result], dtype: torch.dtype) -> None:
@@ -274,7 +410,7 @@ def assert_close(found: Result, exact: Result, rounded: list[Result], dtype: tor
     for name, tensor in found.items():
         assert tensor.shape == expected[name].shape, name
         off = (tensor.double() - expected[name]).abs().max().item() if tensor.numel() else 0.0
-        limit = allowed(expected[name], [one[name] for one in own], dtype)
+        limit = allowed(expected[name], [one[name] for one in own], dtype, exact.roundings)
         assert off <= limit, f"{name}: off by {off:.3g}, allowed {limit:.3g} at {expected[name].abs().max():.3g}"
     assert set(dict(found.items())) == set(expected) or not found.gradients
 
@@ -314,10 +450,12 @@ def test_inserting_changes_no_bit_of_the_output(kind, host, training):
     base, model = host.model().train(training), host.model().train(training)
     put(model, kind, host)
     with host.base_path():
-        assert same(call(model, host), call(base, host))
-        found = plain_call(model, host)
-        trained, frozen = plain_call(base, host), plain_call(base.requires_grad_(False), host)
-        assert same(found, frozen) or same(found, trained)  # torch picks some kernels by the weights' flags
+        found = call(model, host), plain_call(model, host)
+        trained = call(base, host), plain_call(base, host)
+        base.requires_grad_(False)
+        frozen = call(base, host), plain_call(base, host)
+        for one, *either in zip(found, trained, frozen, strict=True):
+            assert any(same(one, other) for other in either)  # torch picks some kernels by the weights' flags
 
 
 @table(LEGAL)
@@ -325,7 +463,7 @@ def test_the_table_names_every_adapted_weight(kind, host):
     model = host.model()
     names = put(model, kind, host)
     assert set(names) == {at for at, _, _ in peftlib.adapters(model)}
-    if kind.kind is peftlib.LoRA:
+    if issubclass(kind.kind, peftlib.LoRA):
         found = {(at, part.config["param"]) for at, _, part in peftlib.adapters(model)}
         assert found == {(at, param) for at, params in host.weights.items() for param in params}
 
@@ -372,6 +510,8 @@ def _freeze(value: Any) -> Any:
 @table(MAIN)
 def test_eject_leaves_everything_as_it_was(kind, host, tmp_path):
     model = host.model()
+    if host.name == "batch-norm":
+        model.eval()  # in training it counts, adapted or not
     next(model.parameters()).requires_grad_(False)
     model.register_forward_hook(lambda *_: None)
     for inner in model.children():
@@ -398,7 +538,9 @@ def test_eject_leaves_everything_as_it_was(kind, host, tmp_path):
 
 
 def refuses_merge(kind: Kind, host: Host) -> str:
-    return host.no_merge if kind.kind is peftlib.LoRA else host.no_full_merge
+    if kind.weights is None:
+        return "which has no weight form"
+    return host.no_full_merge if kind.kind is peftlib.Full else host.no_merge
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["fp64", "fp32", "fp16", "bf16"])
@@ -410,7 +552,8 @@ def test_live_merged_and_gradients_equal_the_dense_float64_reference(kind, host,
         return
     model = adapted(kind, host, dtype)
     if kind.random:
-        model.eval()
+        for _, _, part in peftlib.adapters(model):
+            part.eval()  # the rest stays as it is: in training a BatchNorm is another function
     exact = dense(kind, host, model, dtype, torch.float64)
     rounded = [] if dtype == torch.float64 else dense_rounded(kind, host, model, dtype)
     assert_close(live(model, host, dtype), exact, rounded, dtype)
@@ -473,7 +616,9 @@ def test_unmerge_restores_every_bit(kind, host, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.extra], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind.weights and not kind.extra], ids=lambda kind: kind.name
+)
 def test_a_thousand_merges_with_a_moving_adapter_leave_every_bit(kind, dtype):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 5), nn.Conv1d(2, 4, 3)).to(dtype)
@@ -502,7 +647,10 @@ def test_only_adapters_train_and_no_frozen_weight_moves(kind, host):
         reached |= found
         optimizer.step()
     assert reached == {id(p) for p in own}
-    assert bits(model) == before
+    base = host.model()
+    for _ in range(20):  # a BatchNorm counts and an embedding with max_norm rescales itself, adapted or not
+        call(base, host)
+    assert bits(model) in (before, bits(base))
 
 
 @table(MAIN)
@@ -641,7 +789,7 @@ COMPILED = ["linear", "conv2d-grouped-dilated", "embedding", "attention-both", "
 
 def is_sweep(kind: Kind, host: Host) -> bool:
     """Compiling costs a second a cell: a few at each commit."""
-    return kind.name not in ("lora", "full") or host.name not in COMPILED
+    return kind.name not in ("lora", "full", "bottleneck") or host.name not in COMPILED
 
 
 @pytest.fixture
@@ -702,7 +850,9 @@ def test_compiled_gradients_are_equal(kind, host, fresh_dynamo):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # Inductor's own
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name in ("lora", "full")], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind.name in ("lora", "full", "bottleneck")], ids=lambda kind: kind.name
+)
 def test_inductor_agrees(kind, fresh_dynamo):
     host = next(host for host in HOSTS if host.name == "linear")
     model = adapted(kind, host)
