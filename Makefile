@@ -1,5 +1,5 @@
 # `make demo` and `make test` need a Python of 3.11 or newer and nothing else: they make .venv themselves.
-.PHONY: help demo test test-all lint bench docs gpu-check clean
+.PHONY: help demo test test-all lint bench tables docs gpu-check clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
@@ -13,6 +13,7 @@ help:
 	@echo 'make test       the suite; make test-all runs the slow tests too'
 	@echo 'make lint       ruff, pyright, pydoclint'
 	@echo 'make bench      speed and memory beside other libraries; needs a quiet machine'
+	@echo 'make tables     accuracy and forgetting of each kind and method; an hour or two, and it resumes'
 	@echo 'make gpu-check  the kernels, tested and timed on the GPU of this machine'
 	@echo 'make docs       the pages of docs/ as a site in site/'
 	@echo 'make clean      remove .venv and everything that was made'
@@ -38,6 +39,10 @@ bench: .venv/.with-bench .venv/.with-test
 	mkdir -p benchmarks/results
 	$(PYTEST) benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -W default --benchmark-json=benchmarks/results/latest.json
 	$(BIN)/python benchmarks/report.py
+
+tables: .venv/.with-demo
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/accuracy.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/forgetting.py
 
 gpu-check: .venv/.with-test
 	$(BIN)/python -m peftlib.kernels.gpu_check

@@ -134,5 +134,5 @@ def plain(figure: Figure) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
         axes.set_axisbelow(True)
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
     return figure
