@@ -1,4 +1,4 @@
-"""Two and four gloo ranks equal one process: DDP, FSDP2, tensor parallel, sharded checkpoints, files, for every kind."""
+"""Two and four gloo ranks equal one process: DDP, FSDP2, tensor parallel, sharded checkpoints, files, each kind."""
 
 import copy
 import datetime
@@ -125,10 +125,10 @@ def run_checkpoint(column: Column, part: slice, folder: str) -> Any:
     """Half the steps, a sharded checkpoint, a new model that reads it, and files of peftlib from both."""
     model = sharded(network(column))
     losses = train(model, part, STEPS // 2)
-    dcp.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/{column.name}-dcp")
+    dcp.save({"model": model.state_dict()}, checkpoint_id=f"{folder}/{column.name}-dcp")  # pyright: ignore[reportPrivateImportUsage]
     fresh = sharded(moved(network(column), seed=8))
     state = {"model": fresh.state_dict()}
-    dcp.load(state, checkpoint_id=f"{folder}/{column.name}-dcp")
+    dcp.load(state, checkpoint_id=f"{folder}/{column.name}-dcp")  # pyright: ignore[reportPrivateImportUsage]
     fresh.load_state_dict(state["model"])
     for one, name in ((model, "trained"), (fresh, "restored")):
         peftlib.save(one, f"{folder}/{column.name}-{name}.safetensors")
