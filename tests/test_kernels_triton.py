@@ -581,8 +581,8 @@ def test_lora_linear_runs_on_the_kernels(dtype, p, monkeypatch):
         launch(kernel, *args, **options)
 
     monkeypatch.setattr(triton_launchers, "launch", noted)
-    x, weight = torch.randn(3, 40, 300), torch.randn(350, 300)
-    A, B, dY = torch.randn(8, 300), torch.randn(350, 8), torch.randn(3, 40, 350)
+    x, weight = torch.randn(3, 64, 300), torch.randn(350, 300)
+    A, B, dY = torch.randn(8, 300), torch.randn(350, 8), torch.randn(3, 64, 350)
     x, weight, dY = (tensor.to(DEVICE, dtype) for tensor in (x, weight, dY))
     x, A, B = (tensor.to(DEVICE).requires_grad_() for tensor in (x, A, B))
     got, exact = lora_step(x, weight, A, B, dY, p), exact_lora_step(x, weight, A, B, dY, p)
