@@ -24,11 +24,19 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [shown.get(name, "–") for name in NAMES]
 
 
+# Why a peer is ahead on time, where the row itself does not say.
+WHY = {
+    "loralib": "a class of its own stands in the layer's place, with nothing to walk over and nothing to check",
+    "HF peft": "it keeps the mask and the dropped input, which peftlib computes again",
+}
+
+
 def verdict(row: dict[str, Any]) -> str:
     peers = {name: value for name, value in row["values"].items() if name not in ("base", "peftlib")}
     best = min(peers, key=lambda name: peers[name])
     won = row["values"]["peftlib"] <= peers[best]
-    return row["note"] if won else f"{best} is ahead" + (f": {row['note']}" if row["note"] else "")
+    why = row["note"] or (WHY.get(best, "") if "base" in row["values"] else "")
+    return row["note"] if won else f"{best} is ahead" + (f": {why}" if why else "")
 
 
 def markdown(result: dict[str, Any]) -> str:

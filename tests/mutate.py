@@ -169,7 +169,8 @@ def run(name: str, folder: Path, every: int, limit: float) -> None:
     source = folder / name
     original = source.read_text()
     if not survives(source, ast.unparse(ast.parse(original)), TESTS[name], folder, limit):
-        sys.exit(f"{name}: the tests fail without any mutation")
+        print(f"{name}: the tests fail without any mutation", flush=True)
+        return
     found = list(mutations(ast.parse(original)))[::every]
     alive = 0
     for number, (what, tree) in enumerate(found, 1):

@@ -188,6 +188,6 @@ def test_importing_peftlib_imports_nothing_heavy():
 
 
 def test_importing_peftlib_costs_at_most_a_tenth_of_a_second():
-    probe = "import time, torch; t = time.perf_counter(); import peftlib; print(time.perf_counter() - t)"
-    # The least of up to seven: whatever else the machine does only ever adds.
+    # Time of the processor, the least of up to seven: whatever else the machine does only ever adds.
+    probe = "import time, torch; t = time.process_time(); import peftlib; print(time.process_time() - t)"
     assert any(float(fresh(probe)) <= 0.1 for _ in range(7))
