@@ -216,14 +216,6 @@ def _dtype_name(value: Any) -> Any:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
-def packed_as(weight: Tensor) -> str | None:
-    """How a weight is quantised, in words: integers, or a subclass of Tensor that makes values when it is used. None
-    where it is plain, or shards of what is plain."""
-    if type(weight) not in (Tensor, nn.Parameter) and not hasattr(weight, "device_mesh"):
-        return f"{type(weight).__name__} of {weight.dtype}"
-    return None if weight.is_floating_point() or weight.is_complex() else str(weight.dtype)
-
-
 def trainable_dtype(dtype: str | torch.dtype | None, weight: Tensor) -> torch.dtype:
     """The adapter's own dtype: as asked, else float32 beside a half-precision or quantised weight."""
     if dtype is None:

@@ -49,13 +49,6 @@ def _is_read_elsewhere(module: Any, name: str) -> bool:
     return computed or name in module._parameters or name in module._buffers
 
 
-class _Packed(Tensor):
-    """On the meta device, what stands for a quantised weight: such classes do not go there themselves."""
-
-
 def _on_meta(tensor: Tensor) -> Tensor:
-    if type(tensor) in (Tensor, nn.Parameter):
-        empty = torch.empty_like(tensor, device="meta")
-    else:
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").as_subclass(_Packed)
+    empty = torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._adapter import Adapter, fold_all, owner_of, packed_as, shadowed
+from ._adapter import Adapter, fold_all, owner_of, shadowed
 from ._errors import AdapterError
 from ._face import face
 from ._host import is_host, parts
@@ -62,13 +62,8 @@ def _fold(host_name: str, host: nn.Module, names: Container[str], start: list[Fo
     values = {f"{paths[id(item.owner)]}.{item.leaf}".lstrip("."): item.value for item in start}
     for adapter in parts(scratch, names):
         _require_finite(host_name, adapter)
-    try:
-        with shadowed(scratch, values), _full_precision(scratch):
-            values |= fold_all(scratch, parts(scratch, names))
-    except (RuntimeError, TypeError):  # a quantised weight does arithmetic in ways of its own, or not at all
-        for leaf, parameter in scratch.named_parameters(recurse=False):
-            _require_plain(f"{host_name}.{leaf}".lstrip("."), parameter)
-        raise
+    with shadowed(scratch, values), _full_precision(scratch):
+        values |= fold_all(scratch, parts(scratch, names))
     return [_item(host_name, host, path, value) for path, value in values.items()]
 
 
@@ -85,8 +80,6 @@ def _item(host_name: str, host: nn.Module, path: str, value: Tensor) -> Folded:
     owner, leaf = owner_of(host, path)
     name = f"{host_name}.{path}".lstrip(".")
     own = owner._parameters.get(leaf, owner._buffers.get(leaf))
-    if isinstance(own, nn.Parameter):
-        _require_plain(name, own)
     if own is None:
         raise AdapterError(
             f"cannot merge into {name}: it is computed from other parameters. Make it a plain weight first "
@@ -100,15 +93,6 @@ def _item(host_name: str, host: nn.Module, path: str, value: Tensor) -> Folded:
         )
         raise AdapterError(f"cannot merge into {name}: it is {found}. Materialise the model, or mend the kind's fold.")
     return Folded(name, owner, leaf, value)
-
-
-def _require_plain(name: str, weight: Tensor) -> None:
-    packed = packed_as(weight)
-    if packed:
-        raise AdapterError(
-            f"cannot merge into {name}: it is quantised ({packed}), and its codes cannot hold the result. Keep the "
-            "adapter live, or load it onto the base in full precision and merge there."
-        )
 
 
 def _require_finite(host_name: str, adapter: Adapter) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._adapter import fold_all, packed_as, shadowed, unwound, weight_of
+from ._adapter import fold_all, shadowed, unwound, weight_of
 from ._errors import AdapterError
 from ._forms import TransposedKernel
 from .kernels import dora_norm
@@ -152,9 +152,8 @@ def _require_direction(host: nn.Module, param: str, init: str) -> None:
             'init="pissa" is of LoRA: DoRA starts from W itself. Pass "kaiming", "gaussian" or "orthogonal".'
         )
     weight = getattr(host, param, None)
-    packed = packed_as(weight) if isinstance(weight, Tensor) else None
-    if packed:
+    if isinstance(weight, Tensor) and not weight.is_floating_point():
         raise AdapterError(
-            f"{type(host).__name__}.{param} is {packed}, and DoRA needs the norms of its rows. Dequantise it, or "
+            f"{type(host).__name__}.{param} is {weight.dtype}, and DoRA needs the norms of its rows. Dequantise it, or "
             "use LoRA."
         )

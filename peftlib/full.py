@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._adapter import Adapter, packed_as, trainable_dtype, weight_of
+from ._adapter import Adapter, trainable_dtype, weight_of
 from ._errors import AdapterError
 from ._host import is_host
 
@@ -71,9 +71,10 @@ class Full(Adapter):
         if not isinstance(weight, nn.Parameter):
             owner.register_buffer(leaf, weight.detach().clone())
             return
-        packed = packed_as(weight)
-        if packed:
-            raise AdapterError(f"{type(host).__name__}.{path} is {packed}, which cannot train. Leave it out of params.")
+        if not weight.is_floating_point():
+            raise AdapterError(
+                f"{type(host).__name__}.{path} is {weight.dtype}, which cannot train. Leave it out of params."
+            )
         copy = torch.empty_like(weight, dtype=trainable_dtype(dtype, weight)).copy_(weight.detach())
         owner.register_parameter(leaf, nn.Parameter(copy))
 
