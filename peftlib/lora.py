@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._adapter import Adapter, trainable_dtype, weight_of
+from ._adapter import Adapter, tensors_of, trainable_dtype, weight_of
 from ._errors import AdapterError
 from ._forms import (
     embedding_term,
@@ -149,9 +149,8 @@ class LoRA(Adapter):
     def forward(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
         if self.kernel is lora_linear and runs_bare(host, call):
             (x,) = args or kwargs.values()
-            return lora_linear(
-                x, host.weight, host.bias, self.lora_A, self.lora_B, self.scale, self.dropout, self.training
-            )
+            pair, own = tensors_of(host, "weight", "bias"), tensors_of(self, "lora_A", "lora_B")
+            return lora_linear(x, *pair, *own, self.scale, self.dropout, self.training)
         if self.term is None:
             return super().forward(host, call, *args, **kwargs)
         joined = self._joined(host, call)

@@ -196,6 +196,22 @@ def test_zero_lora_B_gives_the_bits_of_the_base_in_any_layout(layout, dtype):
         assert_bits_of_base(LAYOUTS[layout](tensors, gradient)[0], 0.1)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_one_token_with_zero_lora_B_gives_the_bits_of_the_base_at_every_size(dtype, bias):
+    """Products with a vector serve where they sum as F.linear does; with a single input column they may not."""
+    sizes = [1, 2, 3, 8, 17, 33, 64, 100, 128, 257, 512]
+    for out, features in itertools.product(sizes, sizes):
+        for leading in ((), (1,), (1, 1)):
+            tensors, _ = problem(leading, features, out, 1, dtype, bias)
+            tensors["lora_B"].zero_()
+            assert_bits_of_base(tensors, 0.0)
+    asked = [
+        alike for (_, kind, without_bias, _), alike in paths._ALIKE.items() if (kind, without_bias) == (dtype, not bias)
+    ]
+    assert asked, "no product with a vector was asked for, so this shows nothing"
+
+
 def assert_bits_of_base(tensors, dropout):
     base = F.linear(tensors["x"], tensors["weight"], tensors["bias"])
     for requires_grad in (True, False):
@@ -495,7 +511,7 @@ def test_backward_inside_autocast_of_a_forward_outside_it_keeps_its_dtype():
         assert torch.equal(value, right)
 
 
-@pytest.mark.parametrize("leading", [(1, 1), (1,), (2, 3), (300,), ()])
+@pytest.mark.parametrize("leading", [(1, 1, 1), (1, 1), (1,), (2, 3), (300,), ()])
 def test_inference_equals_the_dense_form(leading):
     tensors, gradient = problem(leading)
     with torch.inference_mode():
