@@ -187,7 +187,8 @@ def test_importing_peftlib_imports_nothing_heavy():
     assert not added & {"triton", "transformers", "numpy", "scipy", "pandas", "matplotlib", "peft"}
 
 
-def test_importing_peftlib_costs_at_most_a_tenth_of_a_second():
-    # Time of the processor, the least of up to seven: whatever else the machine does only ever adds.
+def test_importing_peftlib_costs_at_most_a_tenth_of_a_second(monkeypatch):
+    # Compiled, as pip installs it; time of the processor, the least of up to seven: what else a machine does only adds.
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "")
     probe = "import time, torch; t = time.process_time(); import peftlib; print(time.process_time() - t)"
     assert any(float(fresh(probe)) <= 0.1 for _ in range(7))
