@@ -13,15 +13,14 @@ from . import reference
 from .aten import gemm_dtype
 from .dropout import draw_small
 from .lora_autograd import LoRAAdd, LoRALinear, add_forward, linear_forward
+from .lora_dense import DenseLoRA, dense_forward
 from .steps import traced_term
 
 _DENSE = frozenset((Tensor, Parameter))
-# Up to this many elements of x and y, Python costs more than memory: a step of 16 tokens, 128 to 128, takes 77 µs in
-# plain ops with their C++ backward and 84 in the autograd function; at 128 tokens, 256 to 256, they are level.
+# Up to so many elements of x and y it is calls that cost, not memory: with dropout a step of 256 tokens, 256 to 256,
+# takes 1046 µs with its mask drawn in one piece and kept, 1359 with a mask that is made again from its seed.
+_SMALL_WITH_DROPOUT = 1 << 18
 _SMALL = 1 << 16
-# With dropout the plain ops keep the dropped x and its mask, and win by more: a step through blocks of d=128 on 128
-# tokens takes 1.92 times the frozen base's with them and 2.75 in the autograd function, d=256 on 256 the same 1.6.
-_SMALL_WITH_DROPOUT = 3 << 15
 
 
 def lora_linear(
@@ -39,8 +38,8 @@ def lora_linear(
     y = x Wᵀ + b + s·drop(x) Aᵀ Bᵀ
 
     For backward it keeps x itself, s·drop(x) Aᵀ and the seed of the mask: no mask, no dropped or cast copy of x (where
-    x and y together have fewer than 98,304 elements, plain ops are the faster, and with dropout keep drop(x) and a mask
-    of 16 bits). x is not kept where neither A nor W needs a gradient. Where B is zero, y equals
+    x and y together have up to 262,144 elements on a CPU, a mask of 16 bits an element in place of the seed, which is
+    the faster there). x is not kept where neither A nor W needs a gradient. Where B is zero, y equals
     `F.linear(x, weight, bias)` to the bit. Gradients of any order are right; a second one needs an A that requires a
     gradient.
 
@@ -75,16 +74,13 @@ def lora_linear(
         y = F.linear(x, weight, bias)
         return y + traced_term(x.to(y.dtype), lora_A, lora_B, scale, p)
     flows = torch.is_grad_enabled() and _needs_gradient(x, weight, bias, lora_A, lora_B)
-    if not flows and not p:
-        if x.numel() == x.size(-1) > 0:
-            return _one_token(x, weight, bias, lora_A, lora_B, scale)
-        return linear_forward(x, weight, bias, lora_A, lora_B, scale, 0.0)[0]
+    if not flows and not p and x.numel() == x.size(-1) > 0:
+        return _one_token(x, weight, bias, lora_A, lora_B, scale)
     # The mask must not depend on whether gradients flow: checkpointing runs a step once without them and once with.
-    if _is_small(x, weight.shape[0], p):
-        return _small(F.linear(_flat(x), weight, bias), x, lora_A, lora_B, scale, p)
-    if not flows:
-        return linear_forward(x, weight, bias, lora_A, lora_B, scale, p)[0]
-    return LoRALinear.apply(x, weight, bias, lora_A, lora_B, scale, p)
+    is_dense = _is_dense(x, weight, p)
+    if flows:
+        return (DenseLoRA if is_dense else LoRALinear).apply(x, weight, bias, lora_A, lora_B, scale, p)
+    return (dense_forward if is_dense else linear_forward)(x, weight, bias, lora_A, lora_B, scale, p)[0]
 
 
 def lora_add(
@@ -130,7 +126,7 @@ def lora_add(
     if _is_traced(x, y):
         return y + traced_term(x.to(y.dtype), lora_A, lora_B, scale, p)
     if _is_small(x, y.shape[-1], p) and x.dtype == y.dtype and y.is_contiguous():
-        return _small(_flat(y), x, lora_A, lora_B, scale, p)
+        return _small(y, x, lora_A, lora_B, scale, p)
     if torch.is_grad_enabled() and _needs_gradient(y, x, None, lora_A, lora_B):
         return LoRAAdd.apply(y, x, lora_A, lora_B, scale, p)
     return add_forward(y, x, lora_A, lora_B, scale, p)[0]
@@ -197,18 +193,10 @@ def _rows_agree(weight: Tensor, bias: Tensor | None) -> Iterator[bool]:
         yield torch.equal(y, F.linear(row, weight, bias)) and torch.equal(y[None], F.linear(row[None], weight, bias))
 
 
-def _small(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> Tensor:
-    x2 = _flat(x)  # [tokens, in]; y is [tokens, out]
-    if dropout:
-        x2, scale = x2 * draw_small(x2, dropout), scale * reference.survivors_scale(dropout)
-    if lora_A.dtype != x.dtype or lora_B.dtype != x.dtype:
-        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    out = torch.addmm(y, torch.mm(x2, lora_A.t()), lora_B.t(), alpha=scale)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], out.shape[-1])
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x if x.dim() == 2 else x.view(-1, x.shape[-1])
+def _is_dense(x: Tensor, weight: Tensor, dropout: float) -> bool:
+    if x.dim() < 2 or not x.is_cpu or x.dtype != weight.dtype or not x.is_contiguous() or _is_any_autocast_enabled():
+        return False
+    return (x.element_size() >= 4 and not dropout) or _is_small(x, weight.shape[0], dropout)
 
 
 def _is_small(x: Tensor, out: int, dropout: float) -> bool:
@@ -216,6 +204,15 @@ def _is_small(x: Tensor, out: int, dropout: float) -> bool:
         return False
     elements = x.numel() // x.shape[-1] * (x.shape[-1] + out)
     return elements <= (_SMALL_WITH_DROPOUT if dropout else _SMALL)
+
+
+def _small(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> Tensor:
+    x2 = x.view(-1, x.shape[-1])  # [tokens, in]
+    if dropout:
+        x2, scale = x2 * draw_small(x2, dropout), scale * reference.survivors_scale(dropout)
+    if lora_A.dtype != x.dtype or lora_B.dtype != x.dtype:
+        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    return torch.addmm(y.view(-1, y.shape[-1]), torch.mm(x2, lora_A.t()), lora_B.t(), alpha=scale).view(y.shape)
 
 
 def _is_traced(x: Tensor, other: Tensor) -> bool:

@@ -34,28 +34,43 @@ class LoRALinear(Function):
         dropout: float,
     ) -> Tensor:
         y, hs, seed, steps = linear_forward(x, weight, bias, lora_A, lora_B, scale, dropout)
-        needs_x, needs_weight, _, needs_A, needs_B = ctx.needs_input_grad[:5]
-        ctx.save_for_backward(
-            x if needs_A or needs_weight else None,
-            weight if needs_x or needs_weight else None,
-            lora_A,
-            lora_B,
-            hs if needs_B else None,
-            seed,
-        )
-        ctx.scale, ctx.dropout, ctx.steps, ctx.x_shape, ctx.x_dtype = scale, dropout, steps, x.shape, x.dtype
+        keep_for_backward(ctx, x, weight, lora_A, lora_B, hs, seed, scale, dropout, steps)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
         (dY,) = grad_outputs
         needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-        if _wants_plain_ops(dY):
-            dX, dW, dA, dB = _differentiable(ctx, dY, (needs_x, needs_weight, needs_A, needs_B))
+        if wants_plain_ops(dY):
+            dX, dW, dA, dB = differentiable(ctx, dY, (needs_x, needs_weight, needs_A, needs_B))
         else:
             with without_autocast(dY):
-                dX, dW, dA, dB = _backward(ctx, _rows(dY), (needs_x, needs_weight, needs_A, needs_B))
-        return dX, dW, _rows(dY).sum(0) if needs_bias else None, dA, dB, None, None
+                dX, dW, dA, dB = _backward(ctx, rows(dY), (needs_x, needs_weight, needs_A, needs_B))
+        return dX, dW, rows(dY).sum(0) if needs_bias else None, dA, dB, None, None
+
+
+def keep_for_backward(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    h: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    dropout: float,
+    steps: Any,
+) -> None:
+    needs_x, needs_weight, _, needs_A, needs_B = ctx.needs_input_grad[:5]
+    ctx.save_for_backward(
+        x if needs_A or needs_weight else None,
+        weight if needs_x or needs_weight else None,
+        lora_A,
+        lora_B,
+        h if needs_B else None,
+        seed,
+    )
+    ctx.scale, ctx.dropout, ctx.steps, ctx.x_shape, ctx.x_dtype = scale, dropout, steps, x.shape, x.dtype
 
 
 class LoRAAdd(Function):
@@ -73,11 +88,11 @@ class LoRAAdd(Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
         (dY,) = grad_outputs
         _, needs_x, needs_A, needs_B = ctx.needs_input_grad[:4]
-        if _wants_plain_ops(dY):
-            dX, _, dA, dB = _differentiable(ctx, dY, (needs_x, False, needs_A, needs_B))
+        if wants_plain_ops(dY):
+            dX, _, dA, dB = differentiable(ctx, dY, (needs_x, False, needs_A, needs_B))
         else:
             with without_autocast(dY):
-                dX, _, dA, dB = _backward(ctx, _rows(dY), (needs_x, False, needs_A, needs_B))
+                dX, _, dA, dB = _backward(ctx, rows(dY), (needs_x, False, needs_A, needs_B))
         return dY, dX, dA, dB, None, None
 
 
@@ -92,7 +107,7 @@ def linear_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Steps]:
     x_cast, weight, bias = as_autocast(x, weight, bias)
     with without_autocast(x):
-        x2 = _rows(x_cast)
+        x2 = rows(x_cast)
         steps = steps_for(x2, lora_A, lora_B)
         seed = steps.draw_seed(x2) if dropout else None
         hs = steps.shrink(x2, lora_A, scale, dropout, seed)
@@ -120,12 +135,12 @@ def add_forward(
     y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor | None, Steps]:
     with without_autocast(x):
-        x2 = _rows(x.to(y.dtype))
+        x2 = rows(x.to(y.dtype))
         steps = steps_for(x2, lora_A, lora_B)
         seed = steps.draw_seed(x2) if dropout else None
         hs = steps.shrink(x2, lora_A, scale, dropout, seed)
         # The host's output is the host's: its own graph may have kept it, so it is never written to.
-        out = steps.expand(_rows(y), hs, lora_B)
+        out = steps.expand(rows(y), hs, lora_B)
     return out.view(y.shape), hs, seed, steps
 
 
@@ -143,7 +158,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _wants_plain_ops(dY: Tensor) -> bool:
+def wants_plain_ops(dY: Tensor) -> bool:
     # Under create_graph the backward pass is differentiated, and under is_grads_batched it is mapped.
     return torch.is_grad_enabled() or is_legacy_batchedtensor(dY) or _are_functorch_transforms_active()
 
@@ -151,7 +166,7 @@ def _wants_plain_ops(dY: Tensor) -> bool:
 def _backward(ctx: Any, dY: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
     needs_x, needs_weight, needs_A, needs_B = needs
     x, weight, lora_A, lora_B, hs, seed = ctx.saved_tensors
-    x2 = None if x is None else _rows(x.to(dY.dtype))
+    x2 = None if x is None else rows(x.to(dY.dtype))
     dY = dY if dY.stride() == (dY.shape[1], 1) else dY.contiguous()
     dX = dA = dB = None
     if needs_x or needs_A or needs_B:
@@ -185,7 +200,7 @@ def _through_shrink(
     return dX if needs_x else None, dA
 
 
-def _differentiable(ctx: Any, dY: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
+def differentiable(ctx: Any, dY: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
     """The backward pass through the plain form, whose own backward torch knows."""
     x, weight, lora_A, lora_B, hs, seed = ctx.saved_tensors
     if x is None and hs is not None:
@@ -194,7 +209,7 @@ def _differentiable(ctx: Any, dY: Tensor, needs: tuple[bool, bool, bool, bool]) 
             "Give lora_A requires_grad=True, or do without create_graph and is_grads_batched."
         )
     x = torch.zeros(ctx.x_shape, dtype=ctx.x_dtype, device=dY.device, requires_grad=True) if x is None else x
-    keep = None if seed is None else ctx.steps.keep_mask(_rows(x), ctx.dropout, seed).view(x.shape)
+    keep = None if seed is None else ctx.steps.keep_mask(rows(x), ctx.dropout, seed).view(x.shape)
     inputs = (x, weight, lora_A, lora_B)
     with torch.enable_grad(), without_autocast(dY):
         x_cast = x.to(dY.dtype)
@@ -206,5 +221,5 @@ def _differentiable(ctx: Any, dY: Tensor, needs: tuple[bool, bool, bool, bool]) 
     return tuple(next(gradients) if need else None for need in needs)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import peftlib
-from peftlib.kernels import aten, join_pairs, lora_add, lora_embedding, lora_linear, reference
+from peftlib.kernels import aten, join_pairs, lora_add, lora_dense, lora_embedding, lora_linear, reference
 from peftlib.kernels import lora as paths
 from peftlib.kernels.dropout import KeepMask, draw_seed, draw_small
 
@@ -79,11 +79,20 @@ def assert_close_to_dense(got, tensors, gradient, keep=None, dropout=0.0, wanted
         assert (excess <= 0).all(), f"{name}: {excess.max():.3g} over the bound"
 
 
+@pytest.fixture(params=["dense", "steps"])
+def route(request, monkeypatch):
+    """Runs a test on both: which of them a call takes depends on its size, its dtype and the processor."""
+    if request.param == "steps":
+        monkeypatch.setattr(paths, "_is_dense", lambda *_: False)
+        monkeypatch.setattr(paths, "_is_small", lambda *_: False)
+    return request.param
+
+
 def mask_of(tensors, dropout):
     """The mask that the next call on `tensors` will draw; leaves the generator as it was."""
     state = torch.get_rng_state()
     rows = tensors["x"].reshape(-1, tensors["x"].shape[-1])
-    if paths._is_small(tensors["x"], tensors["weight"].shape[0], dropout):
+    if paths._is_dense(tensors["x"], tensors["weight"], dropout):
         keep = draw_small(rows, dropout)
     else:
         keep = aten.keep_mask(rows, dropout, draw_seed(rows))
@@ -94,7 +103,7 @@ def mask_of(tensors, dropout):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.7])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_value_and_gradients_equal_the_dense_form(shape, dropout, dtype):
+def test_value_and_gradients_equal_the_dense_form(shape, dropout, dtype, route):
     for bias in (True, False):
         tensors, gradient = problem(*shape, dtype=dtype, bias=bias)
         wanted = ALL if bias else ("x", "weight", "lora_A", "lora_B")
@@ -105,7 +114,7 @@ def test_value_and_gradients_equal_the_dense_form(shape, dropout, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_added_term_equals_the_dense_form(shape, dtype):
+def test_added_term_equals_the_dense_form(shape, dtype, route):
     tensors, gradient = problem(*shape, dtype=dtype)
 
     def added(x, weight, bias, lora_A, lora_B):
@@ -156,7 +165,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("leading", [(2, 3), (3, 167)])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_memory_layout_does_not_matter(layout, leading, dropout):
+def test_memory_layout_does_not_matter(layout, leading, dropout, route):
     tensors, gradient = LAYOUTS[layout](*problem(leading=leading))
     keep = mask_of(tensors, dropout) if dropout else None
     got = run(partial(lora_linear, scale=SCALE, dropout=dropout, training=True), tensors, gradient)
@@ -169,7 +178,7 @@ def test_memory_layout_does_not_matter(layout, leading, dropout):
 
 
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)])
-def test_empty_input_gives_empty_output_and_zero_gradients(leading):
+def test_empty_input_gives_empty_output_and_zero_gradients(leading, route):
     tensors, gradient = problem(leading=leading)
     call = partial(lora_linear, scale=SCALE, dropout=0.1, training=True)
     y, dx, *gradients = run(call, tensors, gradient)
@@ -189,7 +198,7 @@ def test_zero_lora_B_gives_the_bits_of_the_base(dtype, dropout):
 
 @pytest.mark.parametrize("layout", ["transposed x", "every second column of x", "expanded x", "transposed weight"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_zero_lora_B_gives_the_bits_of_the_base_in_any_layout(layout, dtype):
+def test_zero_lora_B_gives_the_bits_of_the_base_in_any_layout(layout, dtype, route):
     for leading, bias in itertools.product(((2, 3), (3, 167)), (True, False)):
         tensors, gradient = problem(leading, dtype=dtype, bias=bias)
         tensors["lora_B"].zero_()
@@ -222,7 +231,7 @@ def assert_bits_of_base(tensors, dropout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("leading", [(2, 3), (300,)])
-def test_float32_factors_on_a_half_precision_base_get_float32_gradients(dtype, leading):
+def test_float32_factors_on_a_half_precision_base_get_float32_gradients(dtype, leading, route):
     tensors, gradient = problem(leading, dtype=dtype, factor_dtype=torch.float32)
     got = run(partial(lora_linear, scale=SCALE), tensors, gradient)
     assert [value.dtype for value in got] == [dtype, dtype, dtype, dtype, torch.float32, torch.float32]
@@ -279,7 +288,7 @@ def test_low_rank_activations_are_not_kept_where_lora_B_is_frozen():
 
 @pytest.mark.parametrize("wanted", [c for n in (1, 2, 3) for c in itertools.combinations(("x", "lora_A", "lora_B"), n)])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_any_subset_of_gradients_is_right(wanted, dropout):
+def test_any_subset_of_gradients_is_right(wanted, dropout, route):
     tensors, gradient = problem((300,))
     keep = mask_of(tensors, dropout) if dropout else None
     got = run(partial(lora_linear, scale=SCALE, dropout=dropout, training=True), tensors, gradient, wanted)
@@ -316,20 +325,9 @@ def test_no_large_tensor_is_made_but_the_output_and_the_gradient_of_x(dropout):
     assert backward.count() == 1
 
 
-GRADCHECKED = {
-    "plain ops": ((2, 3), 0.0),
-    "plain ops with dropout": ((2, 3), 0.3),
-    "autograd function": ((1700,), 0.0),
-    "autograd function with dropout": ((1700,), 0.3),
-}
-
-
-@pytest.mark.parametrize("case", GRADCHECKED)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("added", [False, True])
-def test_first_and_second_derivatives_pass_gradcheck(case, added, monkeypatch):
-    leading, dropout = GRADCHECKED[case]
-    if leading != (2, 3):  # the function at a size that a dense check can afford
-        monkeypatch.setattr(paths, "_is_small", lambda *_: False)
+def test_first_and_second_derivatives_pass_gradcheck(dropout, added, route):
     tensors, _ = problem((2, 3), 5, 4, 2, torch.float64)
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
 
@@ -343,7 +341,7 @@ def test_first_and_second_derivatives_pass_gradcheck(case, added, monkeypatch):
     assert torch.autograd.gradgradcheck(called, leaves)
 
 
-def test_second_derivative_without_x_is_refused():
+def test_second_derivative_without_x_is_refused(route):
     tensors, _ = problem((300,))
     tensors["lora_B"].requires_grad_()
     y = lora_linear(**tensors, scale=SCALE)
@@ -352,7 +350,7 @@ def test_second_derivative_without_x_is_refused():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_batch_of_gradients_equals_one_after_the_other(dropout):
+def test_a_batch_of_gradients_equals_one_after_the_other(dropout, route):
     tensors, gradient = problem((300,))
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
     y = lora_linear(*leaves, scale=SCALE, dropout=dropout, training=True)
@@ -572,6 +570,24 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_forward_step_is_noticed(mutation, monkeypatch):
     monkeypatch.setattr(aten, "shrink", MUTATIONS[mutation](aten.shrink))
+    monkeypatch.setattr(paths, "_is_dense", lambda *_: False)
+    assert_noticed()
+
+
+DENSE_MUTATIONS = {
+    "scale dropped": lambda dense: lambda *inputs: dense(*inputs[:5], 1.0, inputs[6]),
+    "term zeroed": lambda dense: lambda *inputs: dense(*inputs[:5], 0.0, inputs[6]),
+    "mask dropped": lambda dense: lambda *inputs: (*dense(*inputs[:6], 0.0)[:2], dense(*inputs)[2]),
+}
+
+
+@pytest.mark.parametrize("mutation", DENSE_MUTATIONS)
+def test_a_broken_dense_forward_is_noticed(mutation, monkeypatch):
+    monkeypatch.setattr(lora_dense, "dense_forward", DENSE_MUTATIONS[mutation](lora_dense.dense_forward))
+    assert_noticed()
+
+
+def assert_noticed():
     tensors, gradient = problem((300,))
     keep = mask_of(tensors, 0.1)
     got = run(partial(lora_linear, scale=SCALE, dropout=0.1, training=True), tensors, gradient)
@@ -580,7 +596,7 @@ def test_a_broken_forward_step_is_noticed(mutation, monkeypatch):
 
 
 @pytest.mark.parametrize("position", range(1, 6))
-def test_a_zeroed_gradient_is_noticed(position):
+def test_a_zeroed_gradient_is_noticed(position, route):
     tensors, gradient = problem((300,))
     got = run(partial(lora_linear, scale=SCALE), tensors, gradient)
     got[position] = torch.zeros_like(got[position])
@@ -588,7 +604,7 @@ def test_a_zeroed_gradient_is_noticed(position):
         assert_close_to_dense(got, tensors, gradient)
 
 
-def test_swapped_factors_are_noticed():
+def test_swapped_factors_are_noticed(route):
     tensors, gradient = problem((300,), 96, 96)
     swapped = {**tensors, "lora_A": tensors["lora_B"].t(), "lora_B": tensors["lora_A"].t()}
     got = run(partial(lora_linear, scale=SCALE), swapped, gradient)

@@ -1,0 +1,96 @@
+"""LoRA on a linear layer in the fewest calls: plain tensors on a CPU, where it is the calls that cost."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _is_any_autocast_enabled
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from .dropout import draw_small
+from .lora_autograd import Gradients, differentiable, keep_for_backward, rows, wants_plain_ops, without_autocast
+from .reference import survivors_scale
+
+
+class DenseLoRA(Function):
+    """x Wᵀ + b + s·drop(x) Aᵀ Bᵀ; keeps x, h [tokens, rank], the parameters and, with dropout, the mask in 16 bits.
+
+    A step of one layer with 16 tokens, 128 to 128, takes 103 µs; as plain ops with their C++ backward 133, through
+    `LoRALinear` 168. At 512 tokens, 512 to 512, 4471, 4652 and 4691; the frozen base takes 3850. Every scale is the
+    alpha or beta of a product: a call of its own would take 5 µs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        y, h, keep = dense_forward(x, weight, bias, lora_A, lora_B, scale, dropout)
+        keep_for_backward(ctx, x, weight, lora_A, lora_B, h, keep, scale, dropout, _Kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
+        (dY,) = grad_outputs
+        if wants_plain_ops(dY):
+            needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+            dX, dW, dA, dB = differentiable(ctx, dY, (needs_x, needs_weight, needs_A, needs_B))
+            return dX, dW, rows(dY).sum(0) if needs_bias else None, dA, dB, None, None
+        if not _is_any_autocast_enabled():
+            return _backward(ctx, rows(dY))
+        with without_autocast(dY):
+            return _backward(ctx, rows(dY))
+
+
+class _Kept:
+    """Stands where the steps do that make a mask again from its seed: here the mask itself was kept."""
+
+    @staticmethod
+    def keep_mask(x: Tensor, _: float, keep: Tensor) -> Tensor:
+        return keep.to(x.dtype)
+
+
+def dense_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, h = drop(x) Aᵀ unscaled [tokens, rank], and the mask; x is contiguous, and of the dtype of W."""
+    x2, keep = x.view(-1, x.shape[-1]), None
+    y = F.linear(x2, weight, bias)
+    if dropout:
+        keep, scale = draw_small(x2, dropout), scale * survivors_scale(dropout)
+        x2 = x2 * keep
+    h = torch.mm(x2, _as(x, lora_A).t())
+    y.addmm_(h, _as(x, lora_B).t(), alpha=scale)
+    return y.view(*x.shape[:-1], y.shape[1]), h, keep
+
+
+def _backward(ctx: Any, dY: Tensor) -> Gradients:
+    needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+    x, weight, lora_A, lora_B, h, keep = ctx.saved_tensors
+    scale = ctx.scale if keep is None else ctx.scale * survivors_scale(ctx.dropout)
+    lora_A, lora_B, x2 = _as(dY, lora_A), _as(dY, lora_B), None if x is None else x.view(-1, x.shape[-1])
+    dY = dY if dY.is_contiguous() else dY.contiguous()
+    dX = dW = dA = dB = None
+    g = torch.mm(dY, lora_B) if needs_x or needs_A else dY
+    if needs_x:
+        dX = torch.mm(g, lora_A)
+        dX = (dX if keep is None else dX.mul_(keep)).addmm_(dY, weight, beta=scale).view(ctx.x_shape)
+    if needs_A and x2 is not None:
+        dA = torch.addmm(lora_A, g.t(), x2 if keep is None else x2 * keep, beta=0, alpha=scale)
+    if needs_B:
+        # As hᵀ dY 29 µs, as dYᵀ h 77 (512 tokens, 512 outputs, rank 8).
+        dB = torch.addmm(lora_B.t(), h.t(), dY, beta=0, alpha=scale).t()
+    if needs_weight and x2 is not None:
+        dW = torch.mm(dY.t(), x2)
+    return dX, dW, dY.sum(0) if needs_bias else None, dA, dB, None, None
+
+
+def _as(x: Tensor, factor: Tensor) -> Tensor:
+    return factor if factor.dtype == x.dtype else factor.to(x.dtype)
