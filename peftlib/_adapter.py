@@ -62,7 +62,7 @@ class Adapter(nn.Module):
         """The call form. `call(*args, **kwargs)` is what the host would have done by itself, with what nests inside."""
         inside, call = unwound(call)
         folded = fold_all(host, [*inside, self])
-        with shadowed(host, {path: value.to(weight_of(host, path).dtype) for path, value in folded.items()}):
+        with shadowed(host, as_weights(host, folded)):
             return call(*args, **kwargs)
 
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
@@ -136,6 +136,13 @@ def fold_all(host: nn.Module, adapters: list[Adapter]) -> dict[str, Tensor]:
         with shadowed(host, values):
             values = {**values, **adapter.fold(host)}
     return values
+
+
+def as_weights(host: nn.Module, folded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the host may run with: in its dtypes, and no parameter itself, which a host may cast in place.
+    (bitsandbytes' 4-bit layer casts its bias to the dtype that it computes in.)"""
+    rounded = {path: value.to(weight_of(host, path).dtype) for path, value in folded.items()}
+    return {path: value.view_as(value) if isinstance(value, nn.Parameter) else value for path, value in rounded.items()}
 
 
 def owner_of(host: nn.Module, path: str) -> tuple[nn.Module, str]:

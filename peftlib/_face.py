@@ -2,21 +2,47 @@
 
 import copy
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ._packed import meta_stand_in, wraps_others
 
 
 def face(model: nn.Module, meta: bool = False) -> Any:
     """A copy of the module objects that shares every tensor with the original, or has them all on the meta device."""
     shared: dict[int, Any] = {}
     for module in model.modules():
-        tensors = [*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()]
-        shared.update({id(item): _on_meta(item) if meta else item for item in tensors if isinstance(item, Tensor)})
+        shared.update({id(item): _on_meta(item) if meta else _shared(item) for item in _tensors(module)})
     other = copy.deepcopy(model, shared)
     for module in other.modules():
         _lift(module)
+    return other
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """The module's own, and those that an attribute holds in the memory of one of its parameters."""
+    own = [*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()]
+    yield from (item for item in own if isinstance(item, Tensor))
+    memory = {p.data_ptr() for p in module._parameters.values() if p is not None and _keeps_state(p)}
+    for state in (vars(item) for item in module.__dict__.values() if memory and hasattr(item, "__dict__")):
+        yield from (item for item in state.values() if isinstance(item, Tensor) and item.data_ptr() in memory)
+
+
+def _keeps_state(parameter: Tensor) -> bool:
+    """A frozen parameter of a class of its own, with attributes: what is quantised."""
+    return nn.Parameter in type(parameter).__mro__[1:] and not parameter.requires_grad and bool(vars(parameter))
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """The tensor itself; of a quantised parameter that carries others a second object over the same data, for its
+    module may take them from it. (bitsandbytes' 8-bit layer does at its first call.)"""
+    if not _keeps_state(tensor) or not any(isinstance(item, Tensor) for item in vars(tensor).values()):
+        return tensor
+    other: Any = torch.Tensor._make_subclass(type(tensor), tensor.data, False)
+    other.__dict__.update(vars(tensor))
     return other
 
 
@@ -50,5 +76,5 @@ def _is_read_elsewhere(module: Any, name: str) -> bool:
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta")
+    empty = meta_stand_in(tensor) if wraps_others(tensor) else torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

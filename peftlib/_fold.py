@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ._adapter import Adapter, fold_all, owner_of, shadowed
 from ._errors import AdapterError
 from ._face import face
+from ._forms import packed_as
 from ._host import is_host, parts
 from ._walk import candidates, hosts
 
@@ -62,13 +63,18 @@ def _fold(host_name: str, host: nn.Module, names: Container[str], start: list[Fo
     values = {f"{paths[id(item.owner)]}.{item.leaf}".lstrip("."): item.value for item in start}
     for adapter in parts(scratch, names):
         _require_finite(host_name, adapter)
-    with shadowed(scratch, values), _full_precision(scratch):
-        values |= fold_all(scratch, parts(scratch, names))
+    try:
+        with shadowed(scratch, values), full_precision(scratch):
+            values |= fold_all(scratch, parts(scratch, names))
+    except (RuntimeError, TypeError):  # a quantised weight does arithmetic in ways of its own, or not at all
+        for leaf, _ in scratch.named_parameters(recurse=False):
+            _require_plain(f"{host_name}.{leaf}".lstrip("."), scratch, leaf)
+        raise
     return [_item(host_name, host, path, value) for path, value in values.items()]
 
 
 @contextlib.contextmanager
-def _full_precision(host: nn.Module) -> Iterator[None]:
+def full_precision(host: nn.Module) -> Iterator[None]:
     """Autocast would take the products in half precision."""
     with contextlib.ExitStack() as stack:
         for kind in {tensor.device.type for tensor in host.parameters()} - {"meta"}:
@@ -80,6 +86,8 @@ def _item(host_name: str, host: nn.Module, path: str, value: Tensor) -> Folded:
     owner, leaf = owner_of(host, path)
     name = f"{host_name}.{path}".lstrip(".")
     own = owner._parameters.get(leaf, owner._buffers.get(leaf))
+    if isinstance(own, nn.Parameter):
+        _require_plain(name, owner, leaf)
     if own is None:
         raise AdapterError(
             f"cannot merge into {name}: it is computed from other parameters. Make it a plain weight first "
@@ -93,6 +101,16 @@ def _item(host_name: str, host: nn.Module, path: str, value: Tensor) -> Folded:
         )
         raise AdapterError(f"cannot merge into {name}: it is {found}. Materialise the model, or mend the kind's fold.")
     return Folded(name, owner, leaf, value)
+
+
+def _require_plain(name: str, owner: nn.Module, leaf: str) -> None:
+    packed = packed_as(owner, leaf)
+    if packed:
+        raise AdapterError(
+            f"cannot merge into {name}: it is quantised ({packed}), and its codes cannot hold the result. Keep the "
+            "adapter live, make the layer a float32 one with eject(model, merge=True, dequantize=True), or load the "
+            "adapter onto the base in full precision and merge there."
+        )
 
 
 def _require_finite(host_name: str, adapter: Adapter) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ._adapter import weight_of
 from ._errors import AdapterError
 from ._host import base_type
+from ._packed import wraps_others
 
 Shape = tuple[int, ...]
 Term = Callable[..., Tensor]
@@ -126,7 +127,7 @@ def term_of(host: nn.Module, path: str) -> Term | None:
     A subclass with a forward of its own may do more than the stock layer, so there the weights speak."""
     if path != "weight":
         return None
-    if is_transposed_linear(host) or (isinstance(host, nn.Linear) and not weight_of(host, path).is_floating_point()):
+    if is_transposed_linear(host) or (isinstance(host, nn.Linear) and packed_as(host, path)):
         return linear_term
     forward = _own_forward(host)
     for stock, term in _TERMS:
@@ -200,6 +201,23 @@ def weight_shape(host: nn.Module, path: str) -> Shape:
     if isinstance(host, nn.Linear) and path == "weight":
         return (host.out_features, host.in_features)
     return tuple(weight.shape)
+
+
+def packed_as(host: nn.Module, path: str) -> str | None:
+    """How a weight is quantised, in words: a tensor around others, whole numbers, or another shape than it stands for.
+    None where it is plain, or shards of what is plain."""
+    weight = weight_of(host, path)
+    if wraps_others(weight):
+        return f"{type(weight).__name__} of {weight.dtype}"
+    if not weight.is_floating_point() and not weight.is_complex():
+        return str(weight.dtype)
+    return None if tuple(weight.shape) == weight_shape(host, path) else f"{list(weight.shape)} of {weight.dtype}"
+
+
+def unreal_as(host: nn.Module, path: str) -> str | None:
+    """What a weight is, in words, that has no real numbers of its own to copy or to measure: packed, or complex."""
+    weight = weight_of(host, path)
+    return str(weight.dtype) if weight.is_complex() else packed_as(host, path)
 
 
 def require_shadow(host: nn.Module, path: str) -> None:

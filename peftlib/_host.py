@@ -16,6 +16,11 @@ from ._face import unshadowed
 from ._readers import FAST_PATHS
 
 _INNER = "_inner_forward"
+_KEPT = {
+    "training", "_modules", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
+    "_is_full_backward_hook", "_non_full_backward_hook",
+}  # fmt: skip
 
 
 class Selection:
@@ -187,6 +192,15 @@ def release(host: Any) -> None:
         host.__dict__["forward"] = host.__dict__.pop(_INNER)
 
 
+def become(host: Any, other: nn.Module) -> None:
+    """Makes a host a host of another type, with the other's tensors and attributes. Of its own it keeps its adapters,
+    its mode, the hooks around its call, and what peftlib remembers of it."""
+    kept = {key: value for key, value in vars(host).items() if key in _KEPT or key.startswith("_peftlib")}
+    host.__dict__.clear()
+    host.__dict__.update(vars(other) | kept)
+    host.__class__ = _adapted(type(other))
+
+
 def put(host: nn.Module, adapter: Adapter) -> None:
     children = adapters_of(host)
     numbered = (adapter.name, *(f"{adapter.name}:{n}" for n in range(2, len(children) + 2)))
@@ -217,6 +231,16 @@ def require_on_top(name: str, host: nn.Module) -> None:
         raise AdapterError(
             f"{name or 'the root'}: {', '.join(above)} was put above the adapted {own} after inject. "
             "Undo that first, then eject."
+        )
+
+
+def require_unwrapped(name: str, host: nn.Module) -> None:
+    """No forward but that of the host's class will run, now or after eject."""
+    require_on_top(name, host)
+    if _INNER in host.__dict__:
+        raise AdapterError(
+            f"{name or 'the root'}: a forward was put on this {base_type(type(host)).__name__} itself before inject, "
+            "and would go on reading the quantised weight. Save the adapter, eject, undo that, and load it again."
         )
 
 

@@ -1,10 +1,11 @@
 """Putting adapters into a model and taking them out, all or nothing."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import nn
 
 from ._adapter import Adapter
+from ._dequantise import dequantise
 from ._errors import AdapterError
 from ._host import Selection, adapters_of, adopt, all_or_nothing, parts, put, release, require_on_top, take
 from ._merge import forget_backups, unmerge
@@ -85,17 +86,38 @@ def require_changeable(model: nn.Module, doing: str) -> None:
             raise AdapterError(f"{doing}: {', '.join(selection.merged)} is merged into the base. Call unmerge first.")
 
 
-def eject(model: nn.Module, name: str | None = None, *, merge: bool = False) -> None:
-    """Takes adapters out without a trace: class, attributes, state-dict keys and `requires_grad` are as they were.
+@overload
+def eject(
+    model: nn.Module, name: str | None = None, *, merge: bool = False, dequantize: Literal[False] = False
+) -> None: ...
+@overload
+def eject(
+    model: nn.Module, name: str | None = None, *, merge: Literal[True], dequantize: Literal[True]
+) -> dict[str, float]: ...
+def eject(
+    model: nn.Module, name: str | None = None, *, merge: bool = False, dequantize: bool = False
+) -> dict[str, float] | None:
+    r"""Takes adapters out without a trace: class, attributes, state-dict keys and `requires_grad` are as they were.
+
+    With `dequantize` each quantised linear layer that the merged adapters are on becomes an `nn.Linear` in float32 that
+    holds the weight with which it computes. The result says how far each of them then is from the live one:
+
+    .. math:: \frac{\lVert Y_{\mathrm{merged}} - Y_{\mathrm{live}} \rVert_F}{\lVert Y_{\mathrm{live}} \rVert_F}
+        \quad\text{for 64 standard normal inputs}
 
     Args:
         model: a model with adapters.
         name: the adapter to take out; default all of them.
         merge: first fold it (default: the active ones) into the base, for good.
+        dequantize: with `merge`, also into quantised linear layers, whose codes cannot hold the result.
+
+    Returns:
+        With `dequantize`, the relative error of each layer that was quantised, by name; else None.
 
     Raises:
         AdapterError: an absent name, a merged model without `merge=True`, a class that something put above the
-            adapted one, a live view; and what `merge` refuses.
+            adapted one, a live view, `dequantize` without `merge`, or on a layer that runs another forward than its
+            class's; and what `merge` refuses.
 
     Example:
         >>> import torch, peftlib
@@ -106,10 +128,12 @@ def eject(model: nn.Module, name: str | None = None, *, merge: bool = False) -> 
         True
     """
     selection = require(model, () if name is None else (name,))
+    if dequantize:
+        return _eject_dequantised(model, name, merge)
     if not merge:
         require_changeable(model, "eject")
         _take_out(model, name)
-        return
+        return None
     folded_before = _fold_for_good(model, selection, name)
     try:
         _take_out(model, name)
@@ -120,6 +144,26 @@ def eject(model: nn.Module, name: str | None = None, *, merge: bool = False) -> 
     selection.active = tuple(other for other in selection.aside if other in selection.count)
     selection.merged = ()
     forget_backups(model)
+    return None
+
+
+def _eject_dequantised(model: nn.Module, name: str | None, merge: bool) -> dict[str, float]:
+    if not merge:
+        raise AdapterError(
+            "eject: dequantize=True without merge=True would only make the base larger. Pass both, or neither."
+        )
+    require_changeable(model, "eject")
+    names = require(model).active if name is None else (name,)
+    with all_or_nothing(model):
+        probes = dequantise(model, names)
+        fold_in(model, *names)
+        try:
+            errors = {host_name: probe.error() for host_name, probe in probes.items()}
+            eject(model, name, merge=True)
+        except BaseException:
+            unmerge(model)
+            raise
+    return errors
 
 
 def _fold_for_good(model: nn.Module, selection: Selection, name: str | None) -> bool:

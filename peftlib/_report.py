@@ -1,11 +1,13 @@
 """Looking: what an injection would do, and what a model holds."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ._adapter import Adapter
+from ._forms import weight_shape
 from ._place import build, places
 from ._select import Targets
 from ._table import size, table
@@ -134,6 +136,8 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """A table of the adapters in a model: `str()` for people, plain numbers as attributes.
 
+    A packed, quantised weight counts as the weight that it stands for.
+
     Args:
         model: any module, with adapters or without.
 
@@ -150,9 +154,14 @@ def summary(model: nn.Module) -> Summary:
         0     default  LoRA  active          32         32
         32 of 104 parameters train (30.77 %); base 72, adapters 32
     """
-    base = {id(p): p for _, module in candidates(model) for p in module._parameters.values() if p is not None}.values()
+    base = {
+        id(p): (math.prod(weight_shape(module, leaf)), p.requires_grad)
+        for _, module in candidates(model)
+        for leaf, p in module._parameters.items()
+        if p is not None
+    }
     rows = tuple(_summary_row(model, *item) for item in adapters(model))
-    return Summary(rows, sum(p.numel() for p in base), sum(p.numel() for p in base if p.requires_grad))
+    return Summary(rows, sum(n for n, _ in base.values()), sum(n for n, trains in base.values() if trains))
 
 
 def _summary_row(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> SummaryRow:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ._adapter import Adapter, has_weight_form
 from ._errors import AdapterError
+from ._forms import packed_as
 from ._merge import merged
 from ._walk import adapters, candidates, require
 
@@ -50,7 +51,7 @@ def verify(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Verification:
 
     Returns:
         Verification: `problems`, one sentence each; `difference`, the largest absolute difference between live and
-        merged output in eval mode, None where a kind has no weight form.
+        merged output in eval mode, None where a kind has no weight form or a host is quantised.
 
     Raises:
         AdapterError: the model has no adapters, is merged, or has a live view.
@@ -188,6 +189,8 @@ def _base_problems(model: nn.Module) -> Iterator[str]:
 def _difference(model: nn.Module, active: list[Named], inputs: Any, named_inputs: Any) -> float | None:
     if not active or not all(has_weight_form(adapter) for *_, adapter in active):
         return None
+    if any(_is_quantised(model.get_submodule(host_name)) for host_name, *_ in active):
+        return None  # before a pass in eval mode, at which a layer may pack its weight so that it trains no more
     live = list(_tensors(model(*inputs, **named_inputs)))
     with merged(model):
         folded = list(_tensors(model(*inputs, **named_inputs)))
@@ -195,6 +198,10 @@ def _difference(model: nn.Module, active: list[Named], inputs: Any, named_inputs
         ((a.double() - b.double()).abs().max().item() for a, b in zip(live, folded, strict=True) if a.numel()),
         default=0.0,
     )
+
+
+def _is_quantised(host: nn.Module) -> bool:
+    return any(packed_as(host, leaf) for leaf, p in host._parameters.items() if p is not None)
 
 
 @contextlib.contextmanager

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._adapter import fold_all, shadowed, unwound, weight_of
+from ._adapter import as_weights, fold_all, shadowed, unwound, weight_of
 from ._errors import AdapterError
-from ._forms import TransposedKernel
+from ._forms import TransposedKernel, unreal_as
 from .kernels import dora_norm
 from .lora import LoRA
 
@@ -95,7 +95,7 @@ class DoRA(LoRA):
             return super().forward(host, call, *args, **kwargs)
         inside, call = unwound(call, lambda bare: functools.partial(self._scaled, host, bare))
         folded = fold_all(host, inside)
-        with shadowed(host, {path: value.to(weight_of(host, path).dtype) for path, value in folded.items()}):
+        with shadowed(host, as_weights(host, folded)):
             return call(*args, **kwargs)
 
     def _scaled(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -151,9 +151,9 @@ def _require_direction(host: nn.Module, param: str, init: str) -> None:
         raise AdapterError(
             'init="pissa" is of LoRA: DoRA starts from W itself. Pass "kaiming", "gaussian" or "orthogonal".'
         )
-    weight = getattr(host, param, None)
-    if isinstance(weight, Tensor) and not weight.is_floating_point():
+    unreal = unreal_as(host, param) if isinstance(getattr(host, param, None), Tensor) else None
+    if unreal:
         raise AdapterError(
-            f"{type(host).__name__}.{param} is {weight.dtype}, and DoRA needs the norms of its rows. Dequantise it, or "
+            f"{type(host).__name__}.{param} is {unreal}, and DoRA needs the norms of its rows. Dequantise it, or "
             "use LoRA."
         )

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._adapter import Adapter, trainable_dtype, weight_of
+from ._adapter import Adapter, owner_of, trainable_dtype, weight_of
 from ._errors import AdapterError
+from ._forms import unreal_as
 from ._host import is_host
 
 _OWN = "own"
@@ -71,10 +72,9 @@ class Full(Adapter):
         if not isinstance(weight, nn.Parameter):
             owner.register_buffer(leaf, weight.detach().clone())
             return
-        if not weight.is_floating_point():
-            raise AdapterError(
-                f"{type(host).__name__}.{path} is {weight.dtype}, which cannot train. Leave it out of params."
-            )
+        unreal = unreal_as(*owner_of(host, path))
+        if unreal:
+            raise AdapterError(f"{type(host).__name__}.{path} is {unreal}, which cannot train. Leave it out of params.")
         copy = torch.empty_like(weight, dtype=trainable_dtype(dtype, weight)).copy_(weight.detach())
         owner.register_parameter(leaf, nn.Parameter(copy))
 
@@ -106,7 +106,7 @@ def _rows_of(host: nn.Module, paths: list[str], rows: Sequence[int]) -> Tensor:
         weight = weight_of(host, path)
         height = weight.shape[0] if weight.dim() > 1 else 0
         sound = all(type(row) is int and 0 <= row < height for row in rows) and len({*rows}) == len(rows) > 0
-        if not sound or not weight.is_floating_point():
+        if not sound or unreal_as(*owner_of(host, path)):
             raise AdapterError(
                 f"rows={list(rows)[:8]}: {type(host).__name__}.{path} has shape {tuple(weight.shape)}, dtype "
                 f"{weight.dtype}. Name rows of a floating-point matrix, each once."

@@ -82,8 +82,6 @@ class IA3(Adapter):
         if isinstance(host, nn.MultiheadAttention):
             return _fold_attention(host, factor)
         weight: Any = host.weight
-        if not weight.is_floating_point():
-            raise AdapterError(f"{type(host).__name__}.weight is {weight.dtype}, not floating point. Keep IA3 live.")
         folded = {"weight": weight * _beside(host, self.on, factor, weight)}
         bias: Any = getattr(host, "bias", None)
         return folded if bias is None or self.on == "input" else {**folded, "bias": bias * factor}

@@ -20,6 +20,7 @@ from ._forms import (
     principal_pair,
     require_shadow,
     term_of,
+    unreal_as,
     weight_shape,
 )
 from ._host import runs_bare
@@ -107,6 +108,7 @@ class LoRA(Adapter):
         self.lora_A = nn.Parameter(torch.empty(shape_A, **factors))
         self.lora_B = nn.Parameter(torch.empty(shape_B, **factors))
         if init == "pissa":
+            _require_values(host, param)
             self.register_buffer("initial_A", torch.empty(shape_A, **factors))
             self.register_buffer("initial_B", torch.empty(shape_B, **factors))
         self.reset_parameters(host)
@@ -243,6 +245,15 @@ def _require_singular_vectors(rank: int, out: int, inputs: int) -> None:
         raise AdapterError(
             f"rank={rank}: a [{out}, {inputs}] matrix has {min(out, inputs)} singular vectors. "
             'Lower the rank, or use another init than "pissa".'
+        )
+
+
+def _require_values(host: nn.Module, param: str) -> None:
+    unreal = unreal_as(host, param)
+    if unreal:
+        raise AdapterError(
+            f'{type(host).__name__}.{param} is {unreal}, and init="pissa" needs the singular vectors of its values. '
+            "Dequantise it, or use another init."
         )
 
 

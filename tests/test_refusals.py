@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.parametrizations import weight_norm
 
 import peftlib
-from peftlib import AdapterError, Full, LoRA
+from peftlib import AdapterError, DoRA, Full, LoRA
 
 
 class Refusal(NamedTuple):
@@ -304,6 +304,16 @@ CONFIGS = {
         lambda: chain(nn.Linear(4, 4), Packed()),
         inject(["0", "1"], Full),
         r"cannot put Full into 1: Packed\.weight is torch\.int8, which cannot train\. Leave it out of params\.",
+    ),
+    "Full on a complex weight": Refusal(
+        lambda: chain(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64)),
+        inject(["0", "1"], Full),
+        r"cannot put Full into 1: Linear\.weight is torch\.complex64, which cannot train\. Leave it out of params\.",
+    ),
+    "DoRA on a complex weight": Refusal(
+        lambda: chain(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64)),
+        inject(["0", "1"], DoRA),
+        r"cannot put DoRA into 1: Linear\.weight is torch\.complex64, and DoRA needs the norms of its rows\. .*\.",
     ),
     "Full on what is not there": Refusal(
         linears,
