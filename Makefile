@@ -1,5 +1,5 @@
 # `make demo` and `make test` need a Python of 3.11 or newer and nothing else: they make .venv themselves.
-.PHONY: help demo test test-all coverage mutate lint bench tables docs gpu-check clean
+.PHONY: help demo test test-all matrix coverage mutate lint bench tables docs gpu-check clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
@@ -11,6 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 help:
 	@echo 'make demo       fine-tune a sentence encoder on film reviews, save, load, merge; draws demo.png'
 	@echo 'make test       the suite; make test-all runs the slow tests too'
+	@echo 'make matrix     docs/matrix.md: every kind with every library, from the tests; half an hour'
 	@echo 'make coverage   the suite, and the lines and branches that it misses'
 	@echo 'make mutate     lies in the sources, one by one, that no test notices; takes hours'
 	@echo 'make lint       ruff, pyright, pydoclint'
@@ -29,6 +30,9 @@ test: .venv/.with-test
 
 test-all: .venv/.with-test
 	$(PYTEST) -n 2
+
+matrix: .venv/.with-test .venv/.with-demo
+	PYTHONPATH=tests $(PYTEST) -n 2 -p matrix -m feature --matrix docs/matrix.md
 
 coverage: .venv/.with-test
 	$(PYTEST) -n 2 -m 'not slow' --cov --cov-report=term

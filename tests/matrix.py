@@ -1,0 +1,181 @@
+"""The matrix of docs/matrix.md: a pytest plugin that writes what each test marked `feature` found, cell by cell."""
+
+import importlib.metadata
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KINDS = ("LoRA", "DoRA", "IA3", "Bottleneck", "Prefix", "Prompt", "Full")
+
+# The files that hold features, in the order of the page, and what the page calls each of them.
+SECTIONS = {
+    "test_ecosystem_torch": "torch",
+    "test_ecosystem_distributed": "Many processes",
+    "test_ecosystem_quantised": "Quantised bases",
+    "test_ecosystem_transformers": "transformers",
+    "test_ecosystem_offload": "transformers, spread over devices and disk",
+    "test_ecosystem_training": "Training libraries",
+    "test_unfreezing_integrations": "Training libraries",
+    "test_ecosystem_sentence_transformers": "sentence-transformers",
+    "test_ecosystem_vision": "Vision",
+    "test_hf": "Files of HF peft",
+    "test_hf_transformers": "Files of HF peft",
+    "test_ecosystem_files": "Files of other tools",
+    "test_exchange": "Files of other tools",
+}
+LIBRARIES = (
+    "torch", "transformers", "accelerate", "pytorch-lightning", "peft", "sentence-transformers", "timm", "torchao",
+    "bitsandbytes",
+)  # fmt: skip
+
+PAGE = """# What works with what?
+
+Each row is a feature of a library around us, each column a kind of adapter, each cell the outcome of tests with the real library.
+`make matrix` runs them and writes this page; it fails, and writes nothing, while a cell is red or empty.
+
+- ✓ works, as the tests of that row say; with a number, one way of it works and another is refused
+- ✗ is refused, by an `AdapterError` whose words stand below the table
+- – has no meaning for this kind, for the reason below the table
+
+Run with {versions}.
+"""
+
+
+@dataclass
+class Cell:
+    """What the tests of one feature found for one kind."""
+
+    outcomes: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+
+    @property
+    def trouble(self) -> str:
+        if not self.outcomes:
+            return "no test covers it"
+        return "" if set(self.outcomes) == {"passed"} else f"a test {'failed' if 'failed' in self.outcomes else 'skipped'}"
+
+    @property
+    def mark(self) -> str:
+        """A feature of several tests may work in one way and be refused in another."""
+        worked = len(self.outcomes) > len(self.refused) + len(self.absent)
+        return "✓" if worked else "✗" if self.refused else "–"
+
+    @property
+    def reasons(self) -> list[str]:
+        return [*self.refused, *self.absent]
+
+
+Matrix = dict[str, dict[str, dict[str, Cell]]]  # section -> feature -> kind
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", metavar="PAGE", help="write the matrix of what the tests found onto this page")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--matrix") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder(Path(config.getoption("--matrix"))))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notes on each test which cells it fills: a report, also one from another process, carries that along."""
+    for item in items:
+        for mark in item.iter_markers("feature"):
+            name, *kinds = mark.args
+            item.user_properties.append(("feature", [item.path.stem, name, *(kinds or kinds_of(item))]))
+
+
+def kinds_of(item: Any) -> tuple[str, ...]:
+    """The kind of the test's own column; what names no kind holds for all of them."""
+    column = item.callspec.params.get("column") if hasattr(item, "callspec") else None
+    return KINDS if column is None else (column.name,)
+
+
+class Recorder:
+    """Collects the reports, and writes the page when all is known."""
+
+    def __init__(self, page: Path) -> None:
+        self.page = page
+        self.matrix: Matrix = {section: {} for section in SECTIONS.values()}
+        self.trouble: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            note(self.matrix, report.outcome, report.user_properties)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self.trouble = list(unknown(self.matrix))
+        if self.trouble:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            return
+        versions = [f"{name} {version}" for name in LIBRARIES for version in version_of(name)]
+        self.page.write_text("\n".join([PAGE.format(versions=", ".join(versions)), *written(self.matrix)]))
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        for line in self.trouble:
+            terminalreporter.write_line(f"unknown cell: {line}")
+
+
+def note(matrix: Matrix, outcome: str, properties: Iterable[tuple[str, Any]]) -> None:
+    """Enters one test into every cell that it fills."""
+    properties = list(properties)
+    said = {key: [str(value) for name, value in properties if name == key] for key in ("refused", "not applicable")}
+    for name, value in properties:
+        if name != "feature":
+            continue
+        file, feature, *kinds = value
+        for kind in kinds:
+            row = matrix[SECTIONS[file]].setdefault(feature, {each: Cell() for each in KINDS})
+            row[kind].outcomes.append(outcome)
+            row[kind].refused += said["refused"]
+            row[kind].absent += said["not applicable"]
+
+
+def unknown(matrix: Matrix) -> Iterator[str]:
+    for section, features in matrix.items():
+        for feature, row in features.items():
+            for kind, cell in row.items():
+                if cell.trouble:
+                    yield f"{section}: {feature}: {kind}: {cell.trouble}"
+
+
+def written(matrix: Matrix) -> Iterator[str]:
+    for section, features in matrix.items():
+        if not features:
+            continue
+        notes: dict[str, int] = {}
+        yield f"\n## {section}\n"
+        yield f"| | {' | '.join(KINDS)} |"
+        yield "|---" * (len(KINDS) + 1) + "|"
+        for feature, row in features.items():
+            cells = [shown(cell, notes) for cell in row.values()]
+            yield f"| {feature} | {' | '.join(cells)} |"
+        if notes:
+            yield ""
+        for reason, number in notes.items():
+            yield f"{number}. {reason}"
+
+
+def shown(cell: Cell, notes: dict[str, int]) -> str:
+    """The mark, and the numbers of its reasons below the table."""
+    numbers = sorted({notes.setdefault(plain(reason), len(notes) + 1) for reason in cell.reasons})
+    return cell.mark + "".join(f" <sup>{number}</sup>" for number in numbers)
+
+
+def plain(reason: str) -> str:
+    """On one line, without the folder of the test that said it, and with nothing that Markdown would read."""
+    short = re.sub(r"(?<!\w)/(?:[\w.-]+/)+", "", " ".join(reason.split()))
+    return re.sub(r"([\\`*_<>|\[\]])", r"\\\1", short)
+
+
+def version_of(name: str) -> list[str]:
+    try:
+        return [importlib.metadata.version(name)]
+    except importlib.metadata.PackageNotFoundError:
+        return []
