@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._hooks import hook_of
+
 
 def face(model: nn.Module, meta: bool = False) -> Any:
     """A copy of the module objects that shares every tensor with the original, or has them all on the meta device."""
@@ -14,6 +16,7 @@ def face(model: nn.Module, meta: bool = False) -> Any:
     for module in model.modules():
         tensors = [*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()]
         shared.update({id(item): _on_meta(item) if meta else item for item in tensors if isinstance(item, Tensor)})
+        shared[id(hook_of(module))] = hook_of(module)  # one that offloads holds all weights of the model
     other = copy.deepcopy(model, shared)
     for module in other.modules():
         _lift(module)

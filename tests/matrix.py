@@ -17,7 +17,7 @@ SECTIONS = {
     "test_ecosystem_distributed": "Many processes",
     "test_ecosystem_quantised": "Quantised bases",
     "test_ecosystem_transformers": "transformers",
-    "test_ecosystem_offload": "transformers, spread over devices and disk",
+    "test_ecosystem_device_map": "A model over several devices, memory and disk",
     "test_ecosystem_training": "Training libraries",
     "test_unfreezing_integrations": "Training libraries",
     "test_ecosystem_sentence_transformers": "sentence-transformers",
@@ -34,7 +34,8 @@ LIBRARIES = (
 
 PAGE = """# What works with what?
 
-Each row is a feature of a library around us, each column a kind of adapter, each cell the outcome of tests with the real library.
+Each row is a feature of a library around us, each column a kind of adapter, each cell what tests with the real library
+found.
 `make matrix` runs them and writes this page; it fails, and writes nothing, while a cell is red or empty.
 
 - ✓ works, as the tests of that row say; with a number, one way of it works and another is refused
@@ -57,7 +58,9 @@ class Cell:
     def trouble(self) -> str:
         if not self.outcomes:
             return "no test covers it"
-        return "" if set(self.outcomes) == {"passed"} else f"a test {'failed' if 'failed' in self.outcomes else 'skipped'}"
+        return (
+            "" if set(self.outcomes) == {"passed"} else f"a test {'failed' if 'failed' in self.outcomes else 'skipped'}"
+        )
 
     @property
     def mark(self) -> str:

@@ -31,7 +31,7 @@ LAYERS = [
     "kernels.dropped kernels.lora kernels.embedding kernels.dora kernels.bottleneck_autograd",
     "kernels.gpu_check kernels.bottleneck",
     "kernels",
-    "_errors _shards _table",
+    "_errors _shards _table _hooks",
     "_header _bounded _face schedules",
     "_select _adapter _readers _file _flex",
     "_keywords _host _stacks _best",

@@ -59,7 +59,9 @@ def test_a_cell_that_is_empty_or_red_or_skipped_is_unknown(outcome, kinds, troub
 
 
 @pytest.mark.parametrize(("said", "mark"), [
-    ({}, "✓"), ({"refused": "a|b /tmp/x-1/y.txt: *no*"}, "✗ <sup>1</sup>"), ({"not_applicable": "why"}, "– <sup>1</sup>"),
+    ({}, "✓"),
+    ({"refused": "a|b /tmp/x-1/y.txt: *no*"}, "✗ <sup>1</sup>"),
+    ({"not_applicable": "why"}, "– <sup>1</sup>"),
 ])  # fmt: skip
 def test_a_reason_stands_below_the_table(said, mark):
     page = "\n".join(matrix.written(noted("passed", *matrix.KINDS, **said)))
