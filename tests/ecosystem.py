@@ -43,7 +43,7 @@ every_kind = pytest.mark.parametrize("column", COLUMNS, ids=lambda column: colum
 
 
 def feature(name: str, *kinds: str) -> Any:
-    """A row of the matrix: for the kind of the test's own column; or for these kinds; or, with neither, for all."""
+    """A row of the matrix: of these kinds alone; or else for the kind of the test's own column, or for all kinds."""
     return pytest.mark.feature(name, *kinds)
 
 

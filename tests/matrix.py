@@ -16,6 +16,7 @@ SECTIONS = {
     "test_ecosystem_torch": "torch",
     "test_ecosystem_distributed": "Many processes",
     "test_ecosystem_quantised": "Quantised bases",
+    "test_zoo": "transformers",
     "test_ecosystem_transformers": "transformers",
     "test_ecosystem_device_map": "A model over several devices, memory and disk",
     "test_ecosystem_training": "Training libraries",
@@ -48,19 +49,19 @@ Run with {versions}.
 
 @dataclass
 class Cell:
-    """What the tests of one feature found for one kind."""
+    """What the tests of one feature found for one kind; `others`: the kinds that the feature says it is of."""
 
     outcomes: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
+    others: set[str] = field(default_factory=set)
 
     @property
     def trouble(self) -> str:
         if not self.outcomes:
-            return "no test covers it"
-        return (
-            "" if set(self.outcomes) == {"passed"} else f"a test {'failed' if 'failed' in self.outcomes else 'skipped'}"
-        )
+            return "" if self.others else "no test covers it"
+        red = [outcome for outcome in self.outcomes if outcome != "passed"]
+        return f"a test {red[0]}" if red else ""
 
     @property
     def mark(self) -> str:
@@ -70,7 +71,8 @@ class Cell:
 
     @property
     def reasons(self) -> list[str]:
-        return [*self.refused, *self.absent]
+        alone = [f"of {', '.join(kind for kind in KINDS if kind in self.others)} alone"]
+        return [*self.refused, *self.absent] if self.outcomes else alone
 
 
 Matrix = dict[str, dict[str, dict[str, Cell]]]  # section -> feature -> kind
@@ -91,7 +93,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in item.iter_markers("feature"):
             name, *kinds = mark.args
-            item.user_properties.append(("feature", [item.path.stem, name, *(kinds or kinds_of(item))]))
+            item.user_properties.append(("feature", [item.path.stem, name, kinds, kinds or kinds_of(item)]))
 
 
 def kinds_of(item: Any) -> tuple[str, ...]:
@@ -132,9 +134,11 @@ def note(matrix: Matrix, outcome: str, properties: Iterable[tuple[str, Any]]) ->
     for name, value in properties:
         if name != "feature":
             continue
-        file, feature, *kinds = value
+        file, feature, alone, kinds = value
+        row = matrix[SECTIONS[file]].setdefault(feature, {each: Cell() for each in KINDS})
+        for cell in row.values():
+            cell.others.update(alone)
         for kind in kinds:
-            row = matrix[SECTIONS[file]].setdefault(feature, {each: Cell() for each in KINDS})
             row[kind].outcomes.append(outcome)
             row[kind].refused += said["refused"]
             row[kind].absent += said["not applicable"]

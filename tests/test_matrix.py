@@ -41,10 +41,10 @@ def test_the_columns_are_the_kinds():
     assert tuple(column.name for column in COLUMNS) == matrix.KINDS
 
 
-def noted(outcome: str, *kinds: str, **said: str) -> matrix.Matrix:
+def noted(outcome: str, kinds: tuple[str, ...] = matrix.KINDS, alone: tuple[str, ...] = (), **said: str) -> Any:
     found: matrix.Matrix = {section: {} for section in matrix.SECTIONS.values()}
-    own = [("feature", ["test_ecosystem_torch", "autocast", *kinds])]
-    matrix.note(found, outcome, [*own, *((key.replace("_", " "), why) for key, why in said.items())])
+    reasons = [(key.replace("_", " "), why) for key, why in said.items()]
+    matrix.note(found, outcome, [("feature", ["test_ecosystem_torch", "autocast", alone, alone or kinds]), *reasons])
     return found
 
 
@@ -54,8 +54,8 @@ def noted(outcome: str, *kinds: str, **said: str) -> matrix.Matrix:
     ("skipped", matrix.KINDS, "torch: autocast: LoRA: a test skipped"),
 ])  # fmt: skip
 def test_a_cell_that_is_empty_or_red_or_skipped_is_unknown(outcome, kinds, trouble):
-    assert next(matrix.unknown(noted(outcome, *kinds))) == trouble
-    assert not list(matrix.unknown(noted("passed", *matrix.KINDS)))
+    assert next(matrix.unknown(noted(outcome, kinds))) == trouble
+    assert not list(matrix.unknown(noted("passed")))
 
 
 @pytest.mark.parametrize(("said", "mark"), [
@@ -64,14 +64,22 @@ def test_a_cell_that_is_empty_or_red_or_skipped_is_unknown(outcome, kinds, troub
     ({"not_applicable": "why"}, "– <sup>1</sup>"),
 ])  # fmt: skip
 def test_a_reason_stands_below_the_table(said, mark):
-    page = "\n".join(matrix.written(noted("passed", *matrix.KINDS, **said)))
+    page = "\n".join(matrix.written(noted("passed", **said)))
     assert f"| autocast | {' | '.join([mark] * 7)} |" in page
     assert ("1. a\\|b y.txt: \\*no\\*" in page) == ("refused" in said)
     assert ("1. why" in page) == ("not_applicable" in said)
 
 
+def test_a_feature_of_some_kinds_is_not_applicable_to_the_others():
+    found = noted("passed", alone=("DoRA", "LoRA"))
+    assert not list(matrix.unknown(found))
+    page = "\n".join(matrix.written(found))
+    assert f"| autocast | ✓ | ✓ |{' – <sup>1</sup> |' * 5}" in page
+    assert "1. of LoRA, DoRA alone" in page
+
+
 def test_what_works_in_one_way_and_is_refused_in_another_says_both():
-    found = noted("passed", "LoRA")
-    matrix.note(found, "passed", [("feature", ["test_ecosystem_torch", "autocast", "LoRA"]), ("refused", "why")])
-    cell: Any = found["torch"]["autocast"]["LoRA"]
+    found = noted("passed", ("LoRA",))
+    matrix.note(found, "passed", [("feature", ["test_ecosystem_torch", "autocast", (), ["LoRA"]]), ("refused", "why")])
+    cell = found["torch"]["autocast"]["LoRA"]
     assert (cell.mark, cell.reasons) == ("✓", ["why"])
