@@ -12,6 +12,7 @@ help:
 	@echo 'make demo       fine-tune a sentence encoder on film reviews, save, load, merge; draws demo.png'
 	@echo 'make test       the suite; make test-all runs the slow tests too'
 	@echo 'make matrix     docs/matrix.md: every kind with every library, from the tests; half an hour'
+	@echo '                TESTS=... writes the sections of those tests alone'
 	@echo 'make coverage   the suite, and the lines and branches that it misses'
 	@echo 'make mutate     lies in the sources, one by one, that no test notices; takes hours'
 	@echo 'make lint       ruff, pyright, pydoclint'
@@ -28,11 +29,12 @@ demo: .venv/.with-demo
 test: .venv/.with-test
 	$(PYTEST) -n 2 -m 'not slow'
 
-test-all: .venv/.with-test
+test-all: .venv/.with-test .venv/.with-demo .venv/.with-ecosystem
 	$(PYTEST) -n 2
 
-matrix: .venv/.with-test .venv/.with-demo
-	PYTHONPATH=tests $(PYTEST) -n 2 -p matrix -m feature --matrix docs/matrix.md
+# torchvision is built beside one torch, and may not be importable beside this one: its tests run where it is.
+matrix: .venv/.with-test .venv/.with-demo .venv/.with-ecosystem
+	PYTHONPATH=tests $(PYTEST) -n 2 -p matrix -m feature --matrix docs/matrix.md $(TESTS)
 
 coverage: .venv/.with-test
 	$(PYTEST) -n 2 -m 'not slow' --cov --cov-report=term

@@ -28,10 +28,18 @@ SECTIONS = {
     "test_ecosystem_files": "Files of other tools",
     "test_exchange": "Files of other tools",
 }
-LIBRARIES = (
-    "torch", "transformers", "accelerate", "pytorch-lightning", "peft", "sentence-transformers", "timm", "torchao",
-    "bitsandbytes",
-)  # fmt: skip
+LIBRARIES = {
+    "torch": ["torch"],
+    "Many processes": ["torch"],
+    "Quantised bases": ["torch", "torchao", "bitsandbytes", "transformers"],
+    "transformers": ["torch", "transformers"],
+    "A model over several devices, memory and disk": ["torch", "transformers", "accelerate"],
+    "Training libraries": ["torch", "pytorch-lightning", "accelerate", "transformers"],
+    "sentence-transformers": ["torch", "transformers", "sentence-transformers"],
+    "Vision": ["torch", "torchvision", "timm"],
+    "Files of HF peft": ["torch", "transformers", "peft"],
+    "Files of other tools": ["torch", "transformers", "peft"],
+}
 
 PAGE = """# What works with what?
 
@@ -42,8 +50,6 @@ found.
 - ✓ works, as the tests of that row say; with a number, one way of it works and another is refused
 - ✗ is refused, by an `AdapterError` whose words stand below the table
 - – has no meaning for this kind, for the reason below the table
-
-Run with {versions}.
 """
 
 
@@ -119,8 +125,10 @@ class Recorder:
         if self.trouble:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
             return
-        versions = [f"{name} {version}" for name in LIBRARIES for version in version_of(name)]
-        self.page.write_text("\n".join([PAGE.format(versions=", ".join(versions)), *written(self.matrix)]))
+        kept = sections_of(self.page.read_text()) if self.page.exists() else {}
+        own = {section: "\n".join(written(section, rows)) for section, rows in self.matrix.items() if rows}
+        found = kept | own
+        self.page.write_text("\n".join([PAGE, *(found[section] for section in LIBRARIES if section in found)]))
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         for line in self.trouble:
@@ -152,21 +160,27 @@ def unknown(matrix: Matrix) -> Iterator[str]:
                     yield f"{section}: {feature}: {kind}: {cell.trouble}"
 
 
-def written(matrix: Matrix) -> Iterator[str]:
-    for section, features in matrix.items():
-        if not features:
-            continue
-        notes: dict[str, int] = {}
-        yield f"\n## {section}\n"
-        yield f"| | {' | '.join(KINDS)} |"
-        yield "|---" * (len(KINDS) + 1) + "|"
-        for feature, row in features.items():
-            cells = [shown(cell, notes) for cell in row.values()]
-            yield f"| {feature} | {' | '.join(cells)} |"
-        if notes:
-            yield ""
-        for reason, number in notes.items():
-            yield f"{number}. {reason}"
+def sections_of(page: str) -> dict[str, str]:
+    """What another run wrote, in an environment of its own perhaps, by section."""
+    parts = re.split(r"^(?=## )", page, flags=re.MULTILINE)[1:]
+    return {part.splitlines()[0].removeprefix("## "): part for part in parts}
+
+
+def written(section: str, features: dict[str, dict[str, Cell]]) -> Iterator[str]:
+    notes: dict[str, int] = {}
+    versions = [f"{name} {version}" for name in LIBRARIES[section] for version in version_of(name)]
+    yield f"## {section}\n"
+    yield f"Run with {', '.join(versions)}.\n"
+    yield f"| | {' | '.join(KINDS)} |"
+    yield "|---" * (len(KINDS) + 1) + "|"
+    for feature, row in sorted(features.items()):
+        cells = [shown(cell, notes) for cell in row.values()]
+        yield f"| {feature} | {' | '.join(cells)} |"
+    yield ""
+    for reason, number in notes.items():
+        yield f"{number}. {reason}"
+    if notes:
+        yield ""
 
 
 def shown(cell: Cell, notes: dict[str, int]) -> str:

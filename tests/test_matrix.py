@@ -37,6 +37,15 @@ def test_the_page_has_exactly_the_features_that_tests_name():
     assert written_features() == named_features(), "run `make matrix`"
 
 
+def test_a_run_of_some_tests_leaves_the_other_sections():
+    parts = matrix.sections_of("# Title\n\n## torch\n\n| a |\n## Vision\n\n| b |\n")
+    assert parts == {"torch": "## torch\n\n| a |\n", "Vision": "## Vision\n\n| b |\n"}
+
+
+def test_each_section_says_its_libraries():
+    assert list(matrix.LIBRARIES) == list(dict.fromkeys(matrix.SECTIONS.values()))
+
+
 def test_the_columns_are_the_kinds():
     assert tuple(column.name for column in COLUMNS) == matrix.KINDS
 
@@ -64,7 +73,7 @@ def test_a_cell_that_is_empty_or_red_or_skipped_is_unknown(outcome, kinds, troub
     ({"not_applicable": "why"}, "– <sup>1</sup>"),
 ])  # fmt: skip
 def test_a_reason_stands_below_the_table(said, mark):
-    page = "\n".join(matrix.written(noted("passed", **said)))
+    page = "\n".join(matrix.written("torch", noted("passed", **said)["torch"]))
     assert f"| autocast | {' | '.join([mark] * 7)} |" in page
     assert ("1. a\\|b y.txt: \\*no\\*" in page) == ("refused" in said)
     assert ("1. why" in page) == ("not_applicable" in said)
@@ -73,7 +82,7 @@ def test_a_reason_stands_below_the_table(said, mark):
 def test_a_feature_of_some_kinds_is_not_applicable_to_the_others():
     found = noted("passed", alone=("DoRA", "LoRA"))
     assert not list(matrix.unknown(found))
-    page = "\n".join(matrix.written(found))
+    page = "\n".join(matrix.written("torch", found["torch"]))
     assert f"| autocast | ✓ | ✓ |{' – <sup>1</sup> |' * 5}" in page
     assert "1. of LoRA, DoRA alone" in page
 
