@@ -30,14 +30,12 @@ def hook_of(module: nn.Module) -> Any:
 @contextlib.contextmanager
 def present(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Has the weights that are kept in memory or on disk between calls where they are during one."""
-    away = [module for module in modules if _offloading(module)]
-    try:
-        for module in away:
-            hook_of(module).pre_forward(module)
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if _offloading(module):
+                hook_of(module).pre_forward(module)
+                stack.callback(hook_of(module).post_forward, module, None)
         yield
-    finally:
-        for module in reversed(away):
-            hook_of(module).post_forward(module, None)
 
 
 def is_offloaded(host: nn.Module) -> bool:

@@ -78,7 +78,7 @@ class Cell:
     @property
     def reasons(self) -> list[str]:
         alone = [f"of {', '.join(kind for kind in KINDS if kind in self.others)} alone"]
-        return [*self.refused, *self.absent] if self.outcomes else alone
+        return unlike([*self.refused, *self.absent]) if self.outcomes else alone
 
 
 Matrix = dict[str, dict[str, dict[str, Cell]]]  # section -> feature -> kind
@@ -158,6 +158,14 @@ def unknown(matrix: Matrix) -> Iterator[str]:
             for kind, cell in row.items():
                 if cell.trouble:
                     yield f"{section}: {feature}: {kind}: {cell.trouble}"
+
+
+def unlike(reasons: list[str]) -> list[str]:
+    """One reason of those that differ in numbers alone, as for one layer and another."""
+    found: dict[str, str] = {}
+    for reason in reasons:
+        found.setdefault(re.sub(r"\d+", "", reason), reason)
+    return list(found.values())
 
 
 def sections_of(page: str) -> dict[str, str]:

@@ -276,7 +276,7 @@ def test_names_that_kohya_cannot_tell_apart_are_refused(tmp_path):
     (lambda m: peftlib.inject(m, "1", peftlib.Full), "kohya", r"1\.(bias|weight), .*: kohya has no place for it"),
     (lambda m: peftlib.inject(m, "1", peftlib.Full), "diffusers", "diffusers has no place for it"),
     (lambda m: peftlib.inject(m, "0", peftlib.DoRA, name="d"), "kohya", "kohya has no place for it"),
-    (lambda m: peftlib.inject(m, "0", peftlib.IA3), "kohya", "IA3 beside LoRA has no place"),
+    (lambda m: peftlib.inject(m, "0", peftlib.IA3), "kohya", "a file of LoRA has no place for IA3"),
 ])  # fmt: skip
 def test_what_a_tool_cannot_hold_is_not_written(inject, layout, message, tmp_path):
     model = linear()

@@ -92,3 +92,7 @@ def test_what_works_in_one_way_and_is_refused_in_another_says_both():
     matrix.note(found, "passed", [("feature", ["test_ecosystem_torch", "autocast", (), ["LoRA"]]), ("refused", "why")])
     cell = found["torch"]["autocast"]["LoRA"]
     assert (cell.mark, cell.reasons) == ("✓", ["why"])
+
+
+def test_reasons_that_differ_in_numbers_alone_are_one():
+    assert matrix.unlike(["layers.0: no", "other", "layers.1: no"]) == ["layers.0: no", "other"]
