@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from ecosystem import COLUMNS, feature, moved, not_applicable
+from ecosystem import COLUMNS, feature, not_applicable
+from hosts import without_fast_path
 from torch import Tensor, nn
 
 import peftlib
@@ -31,13 +32,20 @@ class Picture:
     size: int = 32
 
     def model(self) -> Any:
-        """In float64, and in eval mode: a batch norm in training mode computes, and moves, statistics of its own."""
+        """In float64, and in eval mode: a batch norm in training mode computes, and moves, statistics of its own. Here
+        they are those of the pictures, as after pretraining: without them the signal fades in a deep network."""
         torch.manual_seed(1)
-        return self.make().double().eval()
+        made = self.make().double().train()
+        norms = [module for module in made.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = 1.0
+        with torch.no_grad():
+            made(self.pictures())
+        return made.eval()
 
     def pictures(self) -> Tensor:
-        torch.manual_seed(2)
-        return torch.randn(4, 3, self.size, self.size, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(2)
+        return torch.randn(4, 3, self.size, self.size, dtype=torch.float64, generator=generator)
 
 
 def small_convnext() -> nn.Module:
@@ -46,7 +54,10 @@ def small_convnext() -> nn.Module:
 
 
 def small_transformer() -> nn.Module:
-    return torchvision.models.VisionTransformer(16, 4, 2, 4, hidden_dim=32, mlp_dim=48, num_classes=5)
+    """Its head starts as zero, behind which nothing learns."""
+    made = torchvision.models.VisionTransformer(16, 4, 2, 4, hidden_dim=32, mlp_dim=48, num_classes=5)
+    nn.init.normal_(made.heads.head.weight, std=0.2)
+    return made
 
 
 def of_timm(name: str, **config: Any) -> Callable[[], nn.Module]:
@@ -56,32 +67,37 @@ def of_timm(name: str, **config: Any) -> Callable[[], nn.Module]:
 CONVOLUTIONS = {
     "ResNet": Picture(lambda: torchvision.models.resnet18(num_classes=5), ["layer?.0.conv?"]),
     "ConvNeXt": Picture(small_convnext, nn.Conv2d),
-    "EfficientNet": Picture(lambda: torchvision.models.efficientnet_b0(num_classes=5), ["features.[34].*.block.0.0"]),
+    "EfficientNet": Picture(
+        lambda: torchvision.models.efficientnet_b0(num_classes=5), ["features.[56].*.block.0.0"], size=64
+    ),
 }
 CONVOLUTIONS_OF_TIMM = {
-    "ResNet": Picture(of_timm("resnet10t"), ["layer?.0.conv?"]),
+    "ResNet": Picture(of_timm("resnet10t", zero_init_last=False), ["layer?.0.conv?"]),
     "ConvNeXt": Picture(of_timm("convnext_atto"), ["stages.?.blocks.0.conv_dw"]),
     "EfficientNet": Picture(of_timm("efficientnet_lite0"), ["blocks.?.0.conv_pw"]),
 }
 TRANSFORMERS = {"ViT": Picture(small_transformer, "mlp", "self_attention", {"dim": 32}, size=16)}
 TRANSFORMERS_OF_TIMM = {
     "ViT": Picture(of_timm("vit_tiny_patch16_224", img_size=32, depth=2), "mlp", "attn", {"dim": 192}),
-    "Swin": Picture(of_timm("swin_tiny_patch4_window7_224", img_size=56, depths=(1, 1), embed_dim=24, num_heads=(2, 4)),
-                    "mlp.fc2", "attn", size=56),
-}  # fmt: skip
+}
+
+
+def types_in(model: nn.Module, *types: type[nn.Module]) -> list[type[nn.Module]]:
+    return [each for each in types if any(isinstance(module, each) for module in model.modules())]
 
 
 def put(model: Any, kind: type[peftlib.Adapter], picture: Picture) -> Any:
     torch.manual_seed(3)
-    weights = [each for each in (nn.Conv2d, nn.Linear) if any(isinstance(module, each) for module in model.modules())]
+    weights = types_in(model, nn.Conv2d, nn.Linear)
     if kind is peftlib.Full:
-        peftlib.inject(model, lambda name, module: "norm" in type(module).__name__.lower(), kind)
+        peftlib.inject(model, types_in(model, nn.BatchNorm2d, nn.LayerNorm), kind)
     elif kind is peftlib.Prefix:
         peftlib.inject(model, picture.attention, kind, length=2)
     elif kind is peftlib.Bottleneck:
         peftlib.inject(model, picture.blocks, kind, width=2, **picture.width)
     elif kind is peftlib.IA3:
-        peftlib.inject(model, weights, kind, exclude=lambda name, module: name.endswith("out_proj"))
+        read = [name for name, _ in model.named_modules() if name.endswith("out_proj")]  # without being called
+        peftlib.inject(model, weights, kind, exclude=read)
     else:
         peftlib.inject(model, weights, kind, rank=2)
     return model
@@ -98,7 +114,7 @@ def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
 
 def trained(model: nn.Module, pictures: Tensor) -> list[float]:
     labels, losses = torch.tensor([0, 1, 2, 3]), []
-    optimizer = torch.optim.AdamW(peftlib.parameters(model), lr=2e-3, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(peftlib.parameters(model), lr=1e-4, weight_decay=0.1)
     for _ in range(4):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(pictures), labels)
@@ -115,6 +131,11 @@ def check(picture: Picture, kind: type[peftlib.Adapter], folder: Path, record: A
     if kind is peftlib.Prefix and picture.attention is None:
         not_applicable(record, "there is no attention in a convolutional network")
         return
+    with without_fast_path():  # torch's attention takes it in eval mode without adapters, and rounds otherwise there
+        check_laws(picture, kind, folder)
+
+
+def check_laws(picture: Picture, kind: type[peftlib.Adapter], folder: Path) -> None:
     base, model, pictures = picture.model().requires_grad_(False), picture.model(), picture.pictures()
     expected, before = base(pictures), copied(base)
     put(model, kind, picture)
@@ -123,7 +144,7 @@ def check(picture: Picture, kind: type[peftlib.Adapter], folder: Path, record: A
     losses = trained(model, pictures)
     assert losses[-1] < losses[0]
     assert unchanged(model, before)
-    peftlib.save(moved(model), folder / "adapter.safetensors")
+    peftlib.save(model, folder / "adapter.safetensors")
     peftlib.load(fresh := picture.model(), folder / "adapter.safetensors")
     with torch.no_grad():
         live = model(pictures)
@@ -170,7 +191,7 @@ def test_convolutional_networks_of_timm(column, picture, tmp_path, record_proper
     check(picture, column.kind, tmp_path, record_property)
 
 
-@feature("timm: ViT, Swin")
+@feature("timm: ViT")
 @pytest.mark.parametrize("picture", TRANSFORMERS_OF_TIMM.values(), ids=TRANSFORMERS_OF_TIMM)
 @every_kind
 def test_transformers_of_timm(column, picture, tmp_path, record_property):
