@@ -50,8 +50,8 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 
 class InOrder(transformers.Trainer):
-    def _get_train_sampler(self, *_: Any) -> Any:
-        return SequentialSampler(self.train_dataset)
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(train_dataset or self.train_dataset)
 
 
 @pytest.fixture
