@@ -1,5 +1,5 @@
 # `make demo` and `make test` need a Python of 3.11 or newer and nothing else: they make .venv themselves.
-.PHONY: help demo test test-all coverage mutate lint bench tables docs gpu-check clean
+.PHONY: help demo test test-all matrix coverage mutate lint bench tables docs gpu-check clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
@@ -11,6 +11,8 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 help:
 	@echo 'make demo       fine-tune a sentence encoder on film reviews, save, load, merge; draws demo.png'
 	@echo 'make test       the suite; make test-all runs the slow tests too'
+	@echo 'make matrix     docs/matrix.md: every kind with every library, from the tests; half an hour'
+	@echo '                TESTS=... writes the sections of those tests alone'
 	@echo 'make coverage   the suite, and the lines and branches that it misses'
 	@echo 'make mutate     lies in the sources, one by one, that no test notices; takes hours'
 	@echo 'make lint       ruff, pyright, pydoclint'
@@ -27,8 +29,12 @@ demo: .venv/.with-demo
 test: .venv/.with-test
 	$(PYTEST) -n 2 -m 'not slow'
 
-test-all: .venv/.with-test
+test-all: .venv/.with-test .venv/.with-demo .venv/.with-ecosystem
 	$(PYTEST) -n 2
+
+# torchvision is built beside one torch, and may not be importable beside this one: its tests run where it is.
+matrix: .venv/.with-test .venv/.with-demo .venv/.with-ecosystem
+	PYTHONPATH=tests $(PYTEST) -n 2 -p matrix -m feature --matrix docs/matrix.md $(TESTS)
 
 coverage: .venv/.with-test
 	$(PYTEST) -n 2 -m 'not slow' --cov --cov-report=term

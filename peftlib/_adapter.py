@@ -5,7 +5,7 @@ import functools
 import inspect
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -99,6 +99,12 @@ class Adapter(nn.Module):
     @classmethod
     def require_place(cls, model: nn.Module, name: str, host: nn.Module) -> None:
         """Raises where this kind on `host` would be wrong because of what stands around it in the model."""
+
+    @classmethod
+    def reads(cls, host: nn.Module) -> Iterable[nn.Module]:
+        """The modules whose weights the constructor reads: where they are kept elsewhere between calls, they are
+        brought for it."""
+        return host.modules()
 
     def file_keys(self) -> dict[str, str]:
         """The key of each tensor in a file, after the host's name, and its key in `state_dict()`."""

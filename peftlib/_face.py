@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._hooks import hook_of
 from ._packed import meta_stand_in, wraps_others
 
 
@@ -16,6 +17,7 @@ def face(model: nn.Module, meta: bool = False) -> Any:
     shared: dict[int, Any] = {}
     for module in model.modules():
         shared.update({id(item): _on_meta(item) if meta else _shared(item) for item in _tensors(module)})
+        shared[id(hook_of(module))] = hook_of(module)  # one that offloads holds all weights of the model
     other = copy.deepcopy(model, shared)
     for module in other.modules():
         _lift(module)

@@ -12,6 +12,7 @@ from ._adapter import Adapter, fold_all, owner_of, shadowed
 from ._errors import AdapterError
 from ._face import face
 from ._forms import packed_as
+from ._hooks import is_offloaded
 from ._host import is_host, parts
 from ._walk import candidates, hosts
 
@@ -58,6 +59,11 @@ def folded_by_host(model: nn.Module, names: Container[str]) -> Iterator[tuple[nn
 
 def _fold(host_name: str, host: nn.Module, names: Container[str], start: list[Folded]) -> list[Folded]:
     """Each fold reads what the one before it gave, on a scratch face of the host."""
+    if is_offloaded(host):
+        raise AdapterError(
+            f"cannot merge into {host_name or 'the root'}: accelerate keeps its weights in memory or on disk between "
+            "calls. Merge before the model is offloaded, or take the hooks off first (remove_hook_from_module)."
+        )
     scratch = face(host)
     paths = {id(module): path for path, module in host.named_modules()}
     values = {f"{paths[id(item.owner)]}.{item.leaf}".lstrip("."): item.value for item in start}

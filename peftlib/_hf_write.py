@@ -42,8 +42,8 @@ def _pair(names: dict[int, str], host: nn.Module, adapter: Adapter) -> Pair | No
     if type(adapter) is Full:
         return None
     raise AdapterError(
-        f"{names[id(host)] or 'the root'}: {type(adapter).__name__} beside LoRA has no place in peft's file. "
-        "Save it under a name of its own."
+        f"{names[id(host)] or 'the root'}: a file of LoRA has no place for {type(adapter).__name__}. "
+        "Save it under a name of its own, or with peftlib.save."
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ._adapter import Adapter
 from ._errors import AdapterError
 from ._face import unshadowed
+from ._hooks import is_bound, place_of_forward
 from ._readers import FAST_PATHS
 
 _INNER = "_inner_forward"
@@ -148,7 +149,8 @@ def base_type(cls: type) -> type:
 
 def runs_bare(host: nn.Module, call: Callable[..., Any]) -> bool:
     """Whether `call` is the host's own forward, with no adapter and no foreign wrapper in between."""
-    return not isinstance(call, functools.partial) and _INNER not in host.__dict__
+    inner = host.__dict__.get(_INNER)
+    return not isinstance(call, functools.partial) and (inner is None or is_bound(inner, host, base_type(type(host))))
 
 
 def is_host(module: nn.Module) -> bool:
@@ -172,7 +174,10 @@ def adopt(name: str, host: Any, selection: Selection) -> None:
     children = Adapters()
     children.selection = selection
     children.train(host.training)
-    if "forward" in host.__dict__:
+    place = place_of_forward(host)
+    if place is not None:
+        host.__dict__[_INNER] = host.__dict__[place]
+    elif "forward" in host.__dict__:
         host.__dict__[_INNER] = host.__dict__.pop("forward")
     host.adapters = children
     try:
@@ -182,14 +187,20 @@ def adopt(name: str, host: Any, selection: Selection) -> None:
             f"{name or 'the root'}: {type(host).__name__} cannot change its class ({error}). "
             "Wrap it in a plain nn.Module and adapt that."
         ) from None
+    if place is not None:
+        host.__dict__[place] = types.MethodType(type(host).forward, host)
 
 
 def release(host: Any) -> None:
     """Makes an empty host the module that it was."""
     del host.adapters
+    place = place_of_forward(host)
     host.__class__ = base_type(type(host))
-    if _INNER in host.__dict__:
-        host.__dict__["forward"] = host.__dict__.pop(_INNER)
+    inner = host.__dict__.pop(_INNER, None)
+    if place is not None:
+        host.__dict__[place] = inner or types.MethodType(type(host).forward, host)
+    elif inner is not None:
+        host.__dict__["forward"] = inner
 
 
 def become(host: Any, other: nn.Module) -> None:
@@ -220,7 +231,7 @@ def take(host: nn.Module, adapter: Adapter) -> None:
 
 
 def require_on_top(name: str, host: nn.Module) -> None:
-    if "forward" in host.__dict__:
+    if "forward" in host.__dict__ and place_of_forward(host) is None:
         raise AdapterError(
             f"{name or 'the root'}: a forward was put on this {type(host).__name__} itself after inject. "
             "Undo that first, then eject."

@@ -31,7 +31,7 @@ def _longer(name: str, item: Any, shape: tuple[int, int], length: int, past: int
     if name == "logits_to_keep":
         return item + length if past == 0 else item
     if item.shape != shape:
-        if name == "labels" and item.dim() == 1:
+        if item.dim() == 0 or (name == "labels" and item.dim() == 1):  # a count, or one label for the whole text
             return item
         raise AdapterError(f"Prompt: {name} is {tuple(item.shape)}, and the tokens {shape}. {_ADVICE}")
     if name == "position_ids":

@@ -10,6 +10,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from ._adapter import Adapter, full_config
 from ._errors import AdapterError
 from ._face import face
+from ._hooks import present
 from ._host import Adapters, is_host
 from ._readers import reader_of
 from ._select import Targets, select
@@ -56,7 +57,7 @@ def _places(model: nn.Module, hits: list[tuple[str, nn.Module]], kind: type[Adap
 def build(place: Place, kind: type[Adapter], name: str, on_meta: bool = False) -> Placed:
     """Constructs the adapter; on the meta device it costs nothing and draws nothing."""
     try:
-        adapter = _on_meta(place, kind) if on_meta else kind(place.host, **place.config)
+        adapter = _on_meta(place, kind) if on_meta else _on_host(place, kind)
         adapter.config = full_config(kind, place.config)
     except AdapterError as error:
         raise AdapterError(f"cannot put {kind.__name__} into {place.host_name or 'the root'}: {error}") from None
@@ -65,13 +66,18 @@ def build(place: Place, kind: type[Adapter], name: str, on_meta: bool = False) -
     return Placed(place.host_name, place.host, adapter)
 
 
+def _on_host(place: Place, kind: type[Adapter]) -> Adapter:
+    with present(kind.reads(place.host)):
+        return kind(place.host, **place.config)
+
+
 def _on_meta(place: Place, kind: type[Adapter]) -> Adapter:
     try:
         return kind(face(place.host, meta=True), **place.config)
     except (RuntimeError, NotImplementedError) as error:
         if "meta" not in str(error):
             raise
-        return kind(place.host, **place.config)  # this kind reads its host's values
+        return _on_host(place, kind)  # this kind reads its host's values
 
 
 def require_kind(kind: Any) -> None:

@@ -12,6 +12,7 @@ from ._bounded import Bounded
 from ._errors import AdapterError
 from ._file import Path
 from ._header import Header, shown, some
+from ._hooks import device_of
 from ._keywords import require_keywords
 from ._place import Place, Placed, build, require_adaptable
 from ._readers import reader_of
@@ -107,7 +108,7 @@ def entries(item: Placed) -> Iterator[tuple[str, str, Tensor]]:
 
 def fill(placed: list[Placed], tensor_of: Callable[[str], Tensor], path: str) -> None:
     for item in placed:
-        device = next((p.device for p in item.host.parameters()), torch.device("cpu"))
+        device = device_of(item.host)
         state = {inner: _checked(tensor_of(key), expected, key, path) for key, inner, expected in entries(item)}
         if device.type != "meta":
             state = {inner: tensor.to(device) for inner, tensor in state.items()}

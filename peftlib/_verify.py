@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ._adapter import Adapter, has_weight_form
 from ._errors import AdapterError
 from ._forms import packed_as
+from ._hooks import is_offloaded
 from ._merge import merged
 from ._walk import adapters, candidates, require
 
@@ -187,7 +188,7 @@ def _base_problems(model: nn.Module) -> Iterator[str]:
 
 @torch.no_grad()
 def _difference(model: nn.Module, active: list[Named], inputs: Any, named_inputs: Any) -> float | None:
-    if not active or not all(has_weight_form(adapter) for *_, adapter in active):
+    if not active or is_offloaded(model) or not all(has_weight_form(adapter) for *_, adapter in active):
         return None
     if any(_is_quantised(model.get_submodule(host_name)) for host_name, *_ in active):
         return None  # before a pass in eval mode, at which a layer may pack its weight so that it trains no more

@@ -76,6 +76,11 @@ class Prompt(Adapter):
         self.prompt.copy_(weight[rows])
 
     @classmethod
+    def reads(cls, host: nn.Module) -> list[nn.Module]:
+        """The embedding alone: a whole model may be too large to be brought at once."""
+        return [_embedding_of(host)] if hasattr(host, "get_input_embeddings") else [host]
+
+    @classmethod
     def require_place(cls, model: nn.Module, name: str, host: nn.Module) -> None:
         """Masks, positions and labels pass an embedding by: where a model around it takes them, that is the host."""
         path = name.split(".")
@@ -122,8 +127,12 @@ def _inputs_of(host: nn.Module) -> tuple[str, ...]:
     return names
 
 
+def _embedding_of(host: Any) -> Any:
+    return host if isinstance(host, nn.Embedding) else host.get_input_embeddings()
+
+
 def _weight_of(host: Any) -> Tensor:
-    embedding = host if isinstance(host, nn.Embedding) else host.get_input_embeddings()
+    embedding = _embedding_of(host)
     weight = getattr(embedding, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
         raise AdapterError(

@@ -42,9 +42,9 @@ COLUMNS = [
 every_kind = pytest.mark.parametrize("column", COLUMNS, ids=lambda column: column.name)
 
 
-def feature(name: str) -> Any:
-    """A row of the matrix: a test of this feature, for each kind or, without a kind, for all of them."""
-    return pytest.mark.feature(name)
+def feature(name: str, *kinds: str) -> Any:
+    """A row of the matrix: of these kinds alone; or else for the kind of the test's own column, or for all kinds."""
+    return pytest.mark.feature(name, *kinds)
 
 
 def network(column: Column | None = None, dtype: torch.dtype = torch.float32, name: str = "default") -> Any:
@@ -109,3 +109,8 @@ def close(found: Any, expected: Any, dtype: torch.dtype = torch.float32, roundin
 def refused(record: Callable[[str, object], None], error: pytest.ExceptionInfo[Exception]) -> None:
     """Writes into the matrix that this kind refuses this feature, and why."""
     record("refused", str(error.value))
+
+
+def not_applicable(record: Callable[[str, object], None], why: str) -> None:
+    """Writes into the matrix that this feature has no meaning for this kind, and why."""
+    record("not applicable", why)

@@ -56,6 +56,9 @@ def run_examples(name: str, examples: list[doctest.DocTest]) -> None:
     assert runner.failures == 0, name + "\n" + "".join(report)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*(treespec|num_workers|`val_dataloader`|sampler|logging interval)"
+)  # Lightning's own
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_a_page_runs(page):
     namespace: dict[str, object] = {"__name__": page.stem}

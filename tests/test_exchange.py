@@ -7,6 +7,7 @@ from typing import Any
 import helpers
 import pytest
 import torch
+from ecosystem import feature
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -87,6 +88,7 @@ def kohya() -> tuple[dict[str, Tensor], Any]:
     return tensors, changed(dense, "down_blocks.1.to_q", *second, 1.0)
 
 
+@feature("kohya: keys and alphas", "LoRA")
 def test_kohya_s_keys_and_alphas(tmp_path):
     tensors, dense = kohya()
     path = tmp_path / "lora.safetensors"
@@ -96,6 +98,7 @@ def test_kohya_s_keys_and_alphas(tmp_path):
     assert_dense(model, dense, image())
 
 
+@feature("diffusers: read, with metadata and without", "LoRA")
 def test_diffusers_says_its_configuration_in_the_metadata(tmp_path):
     torch.manual_seed(2)
     first, second = pair(4, 6, 4), pair(2, 6, 4)
@@ -114,6 +117,7 @@ def test_diffusers_says_its_configuration_in_the_metadata(tmp_path):
     assert_dense(model, changed(dense, "down_blocks.1.to_q", *second, 8 / 2**0.5), image())
 
 
+@feature("diffusers: read, with metadata and without", "LoRA")
 def test_diffusers_without_metadata_has_alpha_in_keys_or_the_rank(tmp_path):
     torch.manual_seed(2)
     first, second = pair(4, 6, 4), pair(2, 6, 4)
@@ -131,6 +135,7 @@ def test_diffusers_without_metadata_has_alpha_in_keys_or_the_rank(tmp_path):
     assert_dense(model, changed(dense, "down_blocks.1.to_q", *second, 1.0), image())
 
 
+@feature("loralib and torchtune: read", "LoRA")
 @pytest.mark.parametrize(("layout", "keys"), [("loralib", ("lora_A", "lora_B")),
                                               ("torchtune", ("lora_a.weight", "lora_b.weight"))])  # fmt: skip
 def test_loralib_and_torchtune_are_told_alpha(layout, keys):
@@ -142,6 +147,7 @@ def test_loralib_and_torchtune_are_told_alpha(layout, keys):
     assert_dense(model, changed(seeded(Unet), stem, A, B, 2.0), image())
 
 
+@feature("loralib and torchtune: read", "LoRA")
 def test_loralib_s_embedding_is_a_pair_of_plain_tensors():
     torch.manual_seed(2)
     A, B, tokens = torch.randn(2, 9), torch.randn(5, 2), torch.arange(9)
@@ -152,6 +158,7 @@ def test_loralib_s_embedding_is_a_pair_of_plain_tensors():
     assert (model(tokens).double() - expected).abs().max() <= CLOSE * expected.abs().max()
 
 
+@feature("loralib and torchtune: read", "DoRA")
 def test_torchtune_s_magnitude_is_a_dora():
     torch.manual_seed(2)
     A, B = pair(3, 6, 4)
@@ -269,7 +276,7 @@ def test_names_that_kohya_cannot_tell_apart_are_refused(tmp_path):
     (lambda m: peftlib.inject(m, "1", peftlib.Full), "kohya", r"1\.(bias|weight), .*: kohya has no place for it"),
     (lambda m: peftlib.inject(m, "1", peftlib.Full), "diffusers", "diffusers has no place for it"),
     (lambda m: peftlib.inject(m, "0", peftlib.DoRA, name="d"), "kohya", "kohya has no place for it"),
-    (lambda m: peftlib.inject(m, "0", peftlib.IA3), "kohya", "IA3 beside LoRA has no place"),
+    (lambda m: peftlib.inject(m, "0", peftlib.IA3), "kohya", "a file of LoRA has no place for IA3"),
 ])  # fmt: skip
 def test_what_a_tool_cannot_hold_is_not_written(inject, layout, message, tmp_path):
     model = linear()

@@ -11,6 +11,7 @@ import helpers
 import peft
 import pytest
 import torch
+from ecosystem import feature
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -168,7 +169,34 @@ IA3 = [
          kind=peft.IA3Config),
 ]  # fmt: skip
 CASES = LORA + IA3
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def kinds_of(case: Case) -> set[str]:
+    """What the parts of its adapter are called here."""
+    own = "IA3" if case.kind is peft.IA3Config else "DoRA" if case.config.get("use_dora") else "LoRA"
+    kept = case.config.get("modules_to_save") or case.config.get("bias")
+    return {own, "Full"} if kept else {own}
+
+
+def rows_of(case: Case) -> list[Any]:
+    """The rows of the matrix that the case is of, by its name."""
+    kinds, name = kinds_of(case), case.name.removeprefix("ia3-")
+    rows = {
+        r"linear|ia3$|input$": feature("HF peft: Linear", *kinds),
+        r"conv[123]d": feature("HF peft: Conv1d, Conv2d, Conv3d", *kinds),
+        r"embedding": feature("HF peft: Embedding", *kinds),
+        r"hf-conv1d": feature("HF peft: the Conv1D of transformers", *kinds),
+        r"attention": feature("HF peft: MultiheadAttention", *kinds),
+        r"stack|two-stacks": feature("HF peft: target_parameters, as of mixtures of experts", *kinds),
+        r".*stabilised": feature("HF peft: rank-stabilised", *kinds),
+        r"patterns|some|expression|all-linear|stacks-and": feature("HF peft: patterns of ranks, alphas, names", *kinds),
+        r".*bias": feature("HF peft: learned biases", *kinds),
+        r"all-linear|kept|.*head|net": feature("HF peft: modules_to_save", *kinds),
+    }
+    return [row for pattern, row in rows.items() if re.match(pattern, name)]
+
+
+every_case = pytest.mark.parametrize("case", [pytest.param(case, id=case.name, marks=rows_of(case)) for case in CASES])
 
 
 def base_of(case: Case) -> nn.Module:
@@ -319,6 +347,10 @@ def assert_refused(case: Case, folder: Any, message: str) -> None:
         hf.load(model, folder)
     assert re.fullmatch(message, str(caught.value), re.DOTALL), str(caught.value)
     assert helpers.changes(before, model) == []
+
+
+def test_each_case_is_of_a_row_of_the_matrix():
+    assert all(rows_of(case) for case in CASES)
 
 
 def test_every_key_of_a_saved_configuration_is_known_to_peft(folder):

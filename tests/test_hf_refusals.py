@@ -182,7 +182,8 @@ MIXTURES: dict[str, tuple[Any, str]] = {
     "dropout beside parameters": (
         put(("shared", LoRA, {"dropout": 0.1}), ("layer", LoRA, {"param": "up"}), make=lambda: Around(Experts())),
         r"dropout=0\.1: peft refuses dropout beside target_parameters \(layer\.up\)\. .*"),
-    "an unknown kind": (put(("up", LoRA, {}), ("down", helpers.Offset, {})), r".*: Offset beside LoRA has no place .*"),
+    "an unknown kind": (
+        put(("up", LoRA, {}), ("down", helpers.Offset, {})), r".*: a file of LoRA has no place for Offset\. .*"),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from ecosystem import feature
 from helpers import same_bits
 from safetensors.torch import load_file
 from test_hf import CLOSE, assert_same, moved, quiet
@@ -71,6 +72,8 @@ def tokens() -> Tensor:
     return torch.randint(0, 50, (2, 7))
 
 
+MODELS = feature("HF peft: models of transformers, tied weights and experts among them", "LoRA", "DoRA", "Full")
+TOKENS = feature("HF peft: trainable_token_indices", "Full")
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ROWS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "attention": (llama, {"target_modules": ["q_proj", "v_proj"]}),
@@ -86,7 +89,10 @@ ROWS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "experts named as in transformers 4": (mixtral, {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
     "classifier": (bert, {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "bias": "lora_only"}),
 }
-every_row = pytest.mark.parametrize(("make", "config"), ROWS.values(), ids=ROWS)
+every_row = pytest.mark.parametrize(
+    ("make", "config"),
+    [pytest.param(*row, id=name, marks=TOKENS if "new tokens" in name else MODELS) for name, row in ROWS.items()],
+)
 
 
 def saved(make: Callable[[], Any], config: Any, folder: Any) -> Tensor:
@@ -158,6 +164,7 @@ def test_only_the_rows_of_new_tokens_train(tmp_path):
 PREFIXES = {"llama": llama, "grouped queries and norms": qwen3, "part of each key": neox, "scaled": yarn}
 
 
+@feature("HF peft: prefix tuning, plain and projected", "Prefix")
 @pytest.mark.parametrize("make", PREFIXES.values(), ids=PREFIXES)
 @pytest.mark.parametrize("projected", [False, True], ids=["plain", "projected"])
 def test_a_prefix_computes_the_same_though_peft_counts_its_positions(make, projected, tmp_path):
@@ -200,6 +207,7 @@ def encoded() -> Any:
     return peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8)
 
 
+@feature("HF peft: prompt tuning, and what P-tuning gives", "Prompt")
 @pytest.mark.parametrize("make", [llama, gpt2, qwen3])
 @pytest.mark.parametrize("config", [vocabulary, encoded], ids=["prompt tuning", "p-tuning"])
 def test_a_prompt_computes_the_same_at_the_tokens_of_the_text(make, config, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ecosystem import feature
 from helpers import Network, bits
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -107,6 +108,7 @@ def train_with_the_trainer(folder: Path, optimizer_name: str, resume: int = 0) -
     return log
 
 
+@feature("Trainer: gradual unfreezing of any model, resumed from every step to the bit")
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "sgd"])
 def test_in_the_trainer_a_resumed_run_is_the_same_to_the_bit_from_every_step(optimizer, tmp_path):
     whole = train_with_the_trainer(tmp_path, optimizer)
@@ -153,6 +155,7 @@ def train_with_lightning(folder: Path, make_optimizer: Any, resume: int = 0) -> 
     return log
 
 
+@feature("Lightning: gradual unfreezing of any model, resumed from every step to the bit")
 @pytest.mark.parametrize(
     "make_optimizer",
     [

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from ecosystem import feature
 from hosts import without_fast_path
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -72,8 +73,15 @@ ROWS = [
     Row("prompt", peftlib.Prompt, prompted, {"length": 3}, silent=False),
 ]  # fmt: skip
 CELLS = [(row, animal) for row in ROWS for animal in ZOO if row.targets(animal) and animal.name not in row.absent]
+
+
+def marks(row: Row, animal: Animal) -> Any:
+    own = feature("all laws of a kind: Llama, Qwen3, Gemma 2, GPT-2; BERT, T5, ViT, Whisper", row.kind.__name__)
+    return own if type(animal.make()).__module__.startswith("transformers.") else ()
+
+
 each = pytest.mark.parametrize(
-    ("row", "animal"), [pytest.param(*cell, id=f"{cell[0].name}-{cell[1].name}") for cell in CELLS]
+    ("row", "animal"), [pytest.param(*cell, id=f"{cell[0].name}-{cell[1].name}", marks=marks(*cell)) for cell in CELLS]
 )
 
 
