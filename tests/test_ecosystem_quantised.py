@@ -22,8 +22,16 @@ import peftlib
 from peftlib import IA3, AdapterError, Bottleneck, DoRA, Full, LoRA
 
 each_base = pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)
+ROWS = {
+    "torchao int8 weight-only": feature("quantised base, torchao int8 weight-only"),
+    "torchao int4 weight-only": feature("quantised base, torchao int4 weight-only"),
+    "torchao NF4": feature("quantised base, torchao NF4"),
+    "bitsandbytes 8-bit": feature("quantised base, bitsandbytes 8-bit"),
+    "bitsandbytes 4-bit NF4, twice quantised": feature("quantised base, bitsandbytes 4-bit NF4, twice quantised"),
+    "bitsandbytes 4-bit FP4": feature("quantised base, bitsandbytes 4-bit FP4"),
+}
 every_base = pytest.mark.parametrize(
-    "base", [pytest.param(base, id=base.name, marks=feature(f"quantised base, {base.name}")) for base in BASES]
+    "base", [pytest.param(base, id=base.name, marks=ROWS[base.name]) for base in BASES]
 )
 # A cell takes a third of a second, and there are hundreds: LoRA at each commit, the others with the slow tests.
 every_kind = pytest.mark.parametrize(
@@ -520,13 +528,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # transformers compiles parts of itself in an old way when it first quantises.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-@pytest.mark.parametrize(
-    "config",
-    [
-        pytest.param(make, id=name, marks=feature(f"transformers, from_pretrained, {name}"))
-        for name, make in CONFIGS.items()
-    ],
-)
+@feature("transformers, from_pretrained: bitsandbytes 4-bit and 8-bit, torchao int8")
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @every_kind
 def test_a_model_that_transformers_quantised_trains_and_becomes_a_dense_one(config, column, folder, record_property):
     model = hf.LlamaForCausalLM.from_pretrained(folder, quantization_config=config(), dtype=torch.float32).train()
