@@ -14,7 +14,7 @@ from .aten import gemm_dtype
 from .dropout import draw_small
 from .lora_autograd import LoRAAdd, LoRALinear, add_forward, linear_forward
 from .lora_dense import DenseLoRA, dense_forward
-from .steps import traced_term
+from .steps import interprets, traced_term
 
 _DENSE = frozenset((Tensor, Parameter))
 # Up to so many elements of x and y it is calls that cost, not memory: with dropout a step of 256 tokens, 256 to 256,
@@ -196,11 +196,13 @@ def _rows_agree(weight: Tensor, bias: Tensor | None) -> Iterator[bool]:
 def _is_dense(x: Tensor, weight: Tensor, dropout: float) -> bool:
     if x.dim() < 2 or not x.is_cpu or x.dtype != weight.dtype or not x.is_contiguous() or _is_any_autocast_enabled():
         return False
-    return (x.element_size() >= 4 and not dropout) or _is_small(x, weight.shape[0], dropout)
+    if x.element_size() >= 4 and not dropout:
+        return not interprets()
+    return _is_small(x, weight.shape[0], dropout)
 
 
 def _is_small(x: Tensor, out: int, dropout: float) -> bool:
-    if x.dim() < 2 or x.is_cuda or not x.is_contiguous() or gemm_dtype(x) != x.dtype:
+    if x.dim() < 2 or x.is_cuda or not x.is_contiguous() or gemm_dtype(x) != x.dtype or interprets():
         return False
     elements = x.numel() // x.shape[-1] * (x.shape[-1] + out)
     return elements <= (_SMALL_WITH_DROPOUT if dropout else _SMALL)

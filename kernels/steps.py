@@ -31,9 +31,14 @@ class Steps(Protocol):
 _HAS_TRITON = find_spec("triton") is not None
 
 
+def interprets() -> bool:
+    """Whether the kernels are to run in the interpreter, whatever else would be the faster on a CPU."""
+    return os.environ.get("PEFTLIB_KERNELS") == "interpret"
+
+
 def steps_for(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Steps:
     """Picks the steps for x [tokens, in]: Triton's on a GPU that has them, or under PEFTLIB_KERNELS=interpret."""
-    if _HAS_TRITON and (x.is_cuda or os.environ.get("PEFTLIB_KERNELS") == "interpret"):
+    if _HAS_TRITON and (x.is_cuda or interprets()):
         from . import triton_steps
 
         if triton_steps.supported(x, lora_A, lora_B):
@@ -44,7 +49,7 @@ def steps_for(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Steps:
 def traced_term(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> Tensor:
     """s·drop(x) Aᵀ Bᵀ for torch.compile: with dropout on a GPU the operator, which keeps x and a seed for backward,
     where a compiled plain form keeps the dropped x and its mask. Without dropout the plain form keeps no more."""
-    if dropout and is_compiling() and _HAS_TRITON and (x.is_cuda or os.environ.get("PEFTLIB_KERNELS") == "interpret"):
+    if dropout and is_compiling() and _HAS_TRITON and (x.is_cuda or interprets()):
         from . import triton_steps
 
         if triton_steps.supported(x, lora_A, lora_B):
