@@ -1,6 +1,5 @@
 """The autograd function behind a bottleneck: what the forward pass keeps, and the backward pass made from it."""
 
-import os
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -13,7 +12,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from . import reference
+from . import mode, reference
 from .aten import gemm_dtype
 from .dropout import KeepMask, draw_seed
 from .lora_autograd import without_autocast
@@ -200,7 +199,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _runs_triton(x: Tensor, own: Weights, settings: Settings) -> bool:
     if settings.norm != "none" or settings.dropout or not _HAS_TRITON:
         return False
-    if not (x.is_cuda or os.environ.get("PEFTLIB_KERNELS") == "interpret"):
+    if not (x.is_cuda or mode.MODE == "interpret"):
         return False
     from . import triton_bottleneck
 

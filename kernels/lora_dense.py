@@ -43,10 +43,11 @@ class DenseLoRA(Function):
             needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
             dX, dW, dA, dB = differentiable(ctx, dY, (needs_x, needs_weight, needs_A, needs_B))
             return dX, dW, rows(dY).sum(0) if needs_bias else None, dA, dB, None, None
+        dY = _flat(dY.contiguous())
         if not _is_any_autocast_enabled():
-            return _backward(ctx, rows(dY))
+            return _backward(ctx, dY)
         with without_autocast(dY):
-            return _backward(ctx, rows(dY))
+            return _backward(ctx, dY)
 
 
 class _Kept:
@@ -61,27 +62,27 @@ def dense_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, h = drop(x) Aᵀ unscaled [tokens, rank], and the mask; x is contiguous, and of the dtype of W."""
-    x2, keep = x.view(-1, x.shape[-1]), None
-    y = F.linear(x2, weight, bias)
+    x2, keep = _flat(x), None
+    y = F.linear(x, weight, bias)  # not of x2: a result that is a view costs autograd 10 µs more
     if dropout:
         keep, scale = draw_small(x2, dropout), scale * survivors_scale(dropout)
         x2 = x2 * keep
     h = torch.mm(x2, _as(x, lora_A).t())
-    y.addmm_(h, _as(x, lora_B).t(), alpha=scale)
-    return y.view(*x.shape[:-1], y.shape[1]), h, keep
+    _flat(y).addmm_(h, _as(x, lora_B).t(), alpha=scale)
+    return y, h, keep
 
 
 def _backward(ctx: Any, dY: Tensor) -> Gradients:
     needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
     x, weight, lora_A, lora_B, h, keep = ctx.saved_tensors
     scale = ctx.scale if keep is None else ctx.scale * survivors_scale(ctx.dropout)
-    lora_A, lora_B, x2 = _as(dY, lora_A), _as(dY, lora_B), None if x is None else x.view(-1, x.shape[-1])
-    dY = dY if dY.is_contiguous() else dY.contiguous()
+    lora_A, lora_B, x2 = _as(dY, lora_A), _as(dY, lora_B), None if x is None else _flat(x)
     dX = dW = dA = dB = None
     g = torch.mm(dY, lora_B) if needs_x or needs_A else dY
     if needs_x:
         dX = torch.mm(g, lora_A)
-        dX = (dX if keep is None else dX.mul_(keep)).addmm_(dY, weight, beta=scale).view(ctx.x_shape)
+        dX = (dX if keep is None else dX.mul_(keep)).addmm_(dY, weight, beta=scale)
+        dX = dX if len(ctx.x_shape) == 2 else dX.view(ctx.x_shape)
     if needs_A and x2 is not None:
         dA = torch.addmm(lora_A, g.t(), x2 if keep is None else x2 * keep, beta=0, alpha=scale)
     if needs_B:
@@ -90,6 +91,10 @@ def _backward(ctx: Any, dY: Tensor) -> Gradients:
     if needs_weight and x2 is not None:
         dW = torch.mm(dY.t(), x2)
     return dX, dW, dY.sum(0) if needs_bias else None, dA, dB, None, None
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.view(-1, x.shape[-1])
 
 
 def _as(x: Tensor, factor: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
 """Which implementation runs the steps of the hot path: ATen, or Triton where the tensors allow it."""
 
-import os
 from importlib.util import find_spec
 from typing import Protocol
 
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import aten, reference
+from . import aten, mode, reference
 
 
 class Steps(Protocol):
@@ -33,7 +32,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 def interprets() -> bool:
     """Whether the kernels are to run in the interpreter, whatever else would be the faster on a CPU."""
-    return os.environ.get("PEFTLIB_KERNELS") == "interpret"
+    return mode.MODE == "interpret"
 
 
 def steps_for(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Steps:

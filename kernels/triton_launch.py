@@ -1,19 +1,17 @@
 """Where a kernel runs: compiled on its tensors' GPU, or interpreted on the CPU."""
 
-import os
-
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from . import mode
 from .tiles import MI300X, Tile
 from .triton_interpret import interpret
 
 
 def launches(x: Tensor) -> bool:
     """Whether kernels, rather than their twins in PyTorch, work on `x`: PEFTLIB_KERNELS is 0, 1 or interpret."""
-    mode = os.environ.get("PEFTLIB_KERNELS", "1")
-    return x.is_cuda if mode == "1" else mode == "interpret" and x.device.type == "cpu"
+    return x.is_cuda if mode.MODE == "1" else mode.MODE == "interpret" and x.device.type == "cpu"
 
 
 def launch(

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # A line may import from the lines above it. Files on one line do not know each other.
 LAYERS = [
-    "kernels.reference kernels.philox kernels.dropout kernels.segments",
+    "kernels.reference kernels.philox kernels.dropout kernels.segments kernels.mode",
     "kernels.aten kernels.tiles kernels.twins",
     "kernels.triton_interpret kernels.triton_mask kernels.triton_planes",
     "kernels.triton_expand kernels.triton_grouped kernels.triton_shrink",

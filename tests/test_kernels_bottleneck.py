@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from peftlib.kernels import bottleneck
+from peftlib.kernels import bottleneck, mode
 from peftlib.kernels import reference as plain
 
 M, IN, OUT, WIDTH = 6, 5, 7, 3
@@ -313,7 +313,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture
 def interpreted(monkeypatch) -> Iterator[None]:
     """On the CPU in the interpreter; outputs start as NaN, so that what is not written is seen."""
-    monkeypatch.setenv("PEFTLIB_KERNELS", "1" if DEVICE == "cuda" else "interpret")
+    monkeypatch.setattr(mode, "MODE", "1" if DEVICE == "cuda" else "interpret")
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

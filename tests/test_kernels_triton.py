@@ -26,6 +26,7 @@ from triton_tools.traffic import counted
 from peftlib.kernels import (
     gpu_check,
     lora_linear,
+    mode,
     philox,
     segments,
     tiles,
@@ -58,7 +59,7 @@ SHAPES = (
 @pytest.fixture(autouse=True)
 def kernels_run(monkeypatch):
     """On the CPU in the interpreter; outputs start as NaN, so that what is not written is seen."""
-    monkeypatch.setenv("PEFTLIB_KERNELS", "1" if DEVICE == "cuda" else "interpret")
+    monkeypatch.setattr(mode, "MODE", "1" if DEVICE == "cuda" else "interpret")
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -525,7 +526,7 @@ def test_a_second_derivative_is_refused():
 
 
 def test_the_hot_path_traces_on_a_cuda_that_is_not_there(monkeypatch):
-    monkeypatch.setenv("PEFTLIB_KERNELS", "1")
+    monkeypatch.setattr(mode, "MODE", "1")
 
     def step(x: Tensor, A: Tensor, B: Tensor, dY: Tensor) -> tuple[Tensor, ...]:
         seed = philox.new_seed(x.device)
@@ -555,8 +556,8 @@ def test_what_is_supported(monkeypatch):
     assert not triton_ops.supported(x.double(), A.double(), B.double())
     assert not triton_ops.supported(x[:0], A, B)
     assert not triton_ops.supported(x, torch.zeros(65, 32), torch.zeros(16, 65))
-    for mode in ("0", "1"):
-        monkeypatch.setenv("PEFTLIB_KERNELS", mode)
+    for forced in ("0", "1"):
+        monkeypatch.setattr(mode, "MODE", forced)
         assert not triton_ops.supported(x, A, B)
 
 
