@@ -2,6 +2,8 @@
 
 import json
 import os
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import peftlib
-from peftlib import AdapterError, Full, LoRA
+from peftlib import AdapterError, Full, LoRA, _io
 
 
 @pytest.fixture
@@ -352,6 +354,26 @@ def test_a_transposed_or_strided_tensor_is_saved_as_its_values(path):
     other = linears()
     peftlib.load(other, path, strict=False)
     assert adapter_bits(other) == adapter_bits(model)
+
+
+def test_a_process_that_is_not_the_first_gathers_every_tensor_holds_none_and_writes_nothing(path, monkeypatch):
+    """The others of its mesh wait for it in each gathering; what it gathers is for them."""
+    model = mixed()
+    gathered: list[weakref.ref[Tensor]] = []
+    tensors = _io._tensors
+
+    def watched(model: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in tensors(model, name):
+            gathered.append(weakref.ref(tensor))
+            yield key, tensor
+            del tensor
+            assert not any(ref() is not None for ref in gathered)
+
+    monkeypatch.setattr(_io, "_tensors", watched)
+    monkeypatch.setattr(_io, "writes_here", lambda tensors: False)
+    peftlib.save(model, path)
+    assert len(gathered) == sum(len(adapter.state_dict()) for _, _, adapter in peftlib.adapters(model))
+    assert not path.exists()
 
 
 def test_parameters_that_share_memory_are_each_saved(path):

@@ -103,15 +103,29 @@ def test_value_and_gradients_equal_the_dense_form(shape, dropout, dtype):
         assert_close_to_dense(got, tensors, gradient, keep, dropout, wanted)
 
 
+def added_to_linear(x, weight, bias, lora_A, lora_B, scale=SCALE, **options):
+    return lora_add(F.linear(x, weight, bias), x, lora_A, lora_B, scale, **options)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_added_term_equals_the_dense_form(shape, dtype):
+def test_added_term_equals_the_dense_form(shape, dropout, dtype):
     tensors, gradient = problem(*shape, dtype=dtype)
+    keep = mask_of(tensors, dropout) if dropout else None
+    got = run(partial(added_to_linear, dropout=dropout, training=True), tensors, gradient)
+    assert_close_to_dense(got, tensors, gradient, keep, dropout)
 
-    def added(x, weight, bias, lora_A, lora_B):
-        return lora_add(F.linear(x, weight, bias), x, lora_A, lora_B, SCALE)
 
-    assert_close_to_dense(run(added, tensors, gradient), tensors, gradient)
+@pytest.mark.parametrize("call", [partial(lora_linear, scale=SCALE), added_to_linear], ids=["whole", "added"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_gradients_the_value_is_the_same_and_so_is_the_mask(shape, dropout, call):
+    tensors, gradient = problem(*shape)
+    keep = mask_of(tensors, dropout) if dropout else None
+    with torch.no_grad():
+        y = call(**tensors, dropout=dropout, training=True)
+    assert_close_to_dense([y], tensors, gradient, keep, dropout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -393,19 +407,24 @@ def test_checkpointing_redraws_the_same_mask(leading, reentrant):
     assert all(torch.equal(leaf.grad, right) for leaf, right in zip(leaves, gradients, strict=True))
 
 
+@pytest.mark.parametrize("call", [partial(lora_linear, scale=SCALE), added_to_linear], ids=["whole", "added"])
 @pytest.mark.parametrize("leading", [(2, 3), (300,)])
-def test_dropout_acts_only_in_training(leading):
+def test_dropout_acts_only_in_training(leading, call):
     tensors, _ = problem(leading)
-    assert torch.equal(
-        lora_linear(**tensors, scale=SCALE, dropout=0.5), lora_linear(**tensors, scale=SCALE, training=True)
-    )
+    assert torch.equal(call(**tensors, dropout=0.5), call(**tensors, training=True))
 
 
+def compiled(call):
+    return torch.compile(call, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("call", [partial(lora_linear, scale=SCALE), added_to_linear], ids=["whole", "added"])
+@pytest.mark.parametrize("how", [lambda call: call, compiled], ids=["eager", "compiled"])
 @pytest.mark.parametrize("leading", [(2, 3), (300,)])
-def test_dropout_of_everything_leaves_the_base(leading):
+def test_dropout_of_everything_leaves_the_base(leading, how, call):
     tensors, gradient = problem(leading)
     base = F.linear(tensors["x"], tensors["weight"], tensors["bias"])
-    y, *gradients = run(partial(lora_linear, scale=SCALE, dropout=1.0, training=True), tensors, gradient)
+    y, *gradients = run(how(partial(call, dropout=1.0, training=True)), tensors, gradient)
     assert torch.equal(y, base)
     assert not gradients[3].any()
     assert not gradients[4].any()
