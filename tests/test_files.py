@@ -469,6 +469,12 @@ def test_another_base_is_refused_and_its_hosts_are_named(path):
     assert changes(before, other) == []
 
 
+def test_another_root_is_called_so(path):
+    peftlib.save(injected(nn.Linear(4, 4), nn.Linear, LoRA), path)
+    with pytest.raises(AdapterError, match=r"made on another base: the root has weights of other values\. Load it"):
+        peftlib.load(nn.Linear(4, 4), path)
+
+
 def test_another_base_is_accepted_if_one_asks_for_it(path):
     model = mixed()
     peftlib.save(model, path)

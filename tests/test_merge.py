@@ -191,6 +191,14 @@ def test_merged_restores_after_the_block_and_after_an_exception():
     assert changes(before, model) == []
 
 
+def test_a_name_that_cannot_be_merged_is_no_obstacle_to_another():
+    model = linears()
+    peftlib.inject(model, "0", Offset, name="offset")
+    peftlib.inject(model, "1", LoRA, name="lora")
+    peftlib.merge(moved(model), "lora")
+    assert {row.name: row.state for row in peftlib.summary(model).rows} == {"offset": "off", "lora": "merged"}
+
+
 def test_merged_hands_its_backup_on():
     with pytest.raises(ValueError, match="backup='disk'"), peftlib.merged(several(), backup="disk"):
         pass

@@ -157,6 +157,11 @@ HOSTS = {
         inject(nn.Linear),
         r"1: Final cannot change its class \(Final is final\)\. Wrap it in a plain nn\.Module and adapt that\.",
     ),
+    "a root whose class cannot change": Refusal(
+        lambda: Final(2, 2),
+        inject(nn.Linear),
+        r"the root: Final cannot change its class \(Final is final\)\. Wrap it in a plain nn\.Module and adapt that\.",
+    ),
     "a child that fused kernels read": Refusal(
         lambda: chain(MambaMixer()),
         inject("x_proj"),
@@ -569,6 +574,27 @@ def test_a_foreign_class_on_top_at_eject(merge):
 
 
 # ---- what cannot be folded
+
+
+@pytest.mark.parametrize(("at", "make"), [("the root", lambda: nn.Linear(4, 4)), ("1", linears)], ids=str)
+@pytest.mark.parametrize(
+    ("found", "put"),
+    [
+        (
+            "a forward was put on this AdaptedLinear itself",
+            lambda host: host.__dict__.update(forward=lambda x: x),
+        ),
+        (
+            "Foreign, Other was put above the adapted Linear",
+            lambda host: setattr(host, "__class__", type("Foreign", (type("Other", (type(host),), {}),), {})),
+        ),
+    ],
+    ids=["a forward", "two classes"],
+)
+def test_what_was_put_on_a_host_after_inject_is_named_at_eject(at, make, found, put):
+    model = adapted(make, nn.Linear)()
+    put(model if at == "the root" else model[1])
+    check(Refusal(linears, peftlib.eject, rf"{at}: {found} after inject\. Undo that first, then eject\."), model)
 
 
 def tied() -> Any:
@@ -995,6 +1021,11 @@ SAVES = {
         adapted(),
         {"metadata": {"loss": float("nan")}},
         r"metadata: .*nan.* would not come back from JSON as it is\. Use a dict with string keys, .*\.",
+    ),
+    "metadata that are infinite": (
+        adapted(),
+        {"metadata": {"loss": float("inf")}},
+        r"metadata: .*inf.* would not come back from JSON as it is\. Use a dict with string keys, .*\.",
     ),
     "metadata that are no dict": (adapted(), {"metadata": ["reviews"]}, r"metadata: .*\."),
 }

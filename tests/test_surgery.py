@@ -117,6 +117,13 @@ def test_a_parametrized_host_is_adapted_and_ejected():
     assert changes(before, model) == []
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_what_inject_puts_in_is_in_the_mode_of_its_host(training):
+    model = linears().train(training)
+    peftlib.inject(model, nn.Linear, LoRA)
+    assert {module.training for module in model.modules()} == {training}
+
+
 def test_adapted_classes_are_one_for_each_class_and_look_like_it():
     model = linears()
     peftlib.inject(model, nn.Linear, LoRA)
