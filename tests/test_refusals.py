@@ -87,6 +87,17 @@ class Expert(nn.Module):
         return x @ self.up
 
 
+class Around(nn.Module):
+    """Has no parameter of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
 class Crowded(nn.Linear):
     adapters = "something of its own"
 
@@ -223,7 +234,7 @@ CONFIGS = {
             inject("0", dropout=dropout),
             rf"cannot put LoRA into 0: dropout={re.escape(repr(dropout))}: the probability is in \[0, 1\)\. Pass .*\.",
         )
-        for dropout in (1.0, -0.1, float("nan"), True, "0.1", None)
+        for dropout in (1.0, -0.1, float("nan"), True, False, "0.1", None)
     },
     **{
         f"init={init!r}": Refusal(
@@ -284,6 +295,12 @@ CONFIGS = {
         lambda: chain(Expert()),
         inject("0", param="a.b.down"),
         r"cannot put LoRA into 0: Expert\.a\.b\.down is no tensor of it, and LoRA needs a matrix\. Its matrices: up\.",
+    ),
+    "a param of a module whose matrices are deeper": Refusal(
+        lambda: chain(Around(Expert())),
+        inject("0", param="down"),
+        r"cannot put LoRA into 0: Around\.down is no tensor of it, and LoRA needs a matrix\. Use Full for vectors, or "
+        r"target a module that has a matrix\.",
     ),
     "a param that is a vector": Refusal(
         conv,

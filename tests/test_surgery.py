@@ -545,6 +545,13 @@ def test_dropout_acts_in_training_only_and_as_on_the_input():
     assert ((dropped - kept).mean(0).abs() <= 5 * spread + 1e-6).all()
 
 
+def test_pissa_may_take_every_singular_vector():
+    model = chain(nn.Linear(4, 3))
+    expected = model(X)
+    peftlib.inject(model, "0", LoRA, init="pissa", rank=3)
+    assert torch.equal(model(X), expected)
+
+
 def test_drawing_again_needs_no_host_but_for_pissa():
     _, adapter = begun("kaiming")
     before = bits(adapter.lora_A)
