@@ -1,5 +1,6 @@
 """What is saved comes back to the bit, onto its own base only, and a file is the old one or the new one, whole."""
 
+import copy
 import json
 import os
 import weakref
@@ -353,6 +354,17 @@ def test_a_transposed_or_strided_tensor_is_saved_as_its_values(path):
     peftlib.save(model, path)
     other = linears()
     peftlib.load(other, path, strict=False)
+    assert adapter_bits(other) == adapter_bits(model)
+
+
+def test_a_kind_whose_state_holds_its_live_parameters_is_saved(path):
+    model = injected(linears(), "0", LoRA)
+    ((_, _, adapter),) = peftlib.adapters(model)
+    adapter.register_state_dict_post_hook(lambda module, state, prefix, _: state.update(lora_A=module.lora_A))
+    peftlib.save(model, path)
+    other = copy.deepcopy(model)
+    peftlib.eject(other)
+    peftlib.load(other, path)
     assert adapter_bits(other) == adapter_bits(model)
 
 

@@ -144,6 +144,19 @@ def test_two_adapters_on_one_host_add_up(dtype):
         assert_close_to_dense(run(function, tensors, gradient), tensors, gradient)
 
 
+def test_a_build_that_does_not_know_has_no_native_half_precision(monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert not aten._has_native.__wrapped__(torch.bfloat16)
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("lora_A",), ("lora_B",)])
+def test_float32_route_gives_the_gradients_that_are_asked_for(wanted, monkeypatch):
+    monkeypatch.setattr(aten, "_has_native", lambda dtype: False)
+    tensors, gradient = problem(leading=(300,), features=520, dtype=torch.bfloat16)
+    got = run(partial(lora_linear, scale=SCALE), tensors, gradient, wanted)
+    assert_close_to_dense(got, tensors, gradient, wanted=wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_float32_route_of_processors_without_half_precision_is_right(dtype, dropout, monkeypatch):
@@ -275,7 +288,10 @@ def test_low_rank_activations_are_not_kept_where_lora_B_is_frozen():
     assert kept(tensors, wanted=("x", "lora_A"), ignore=(*PARAMETERS, "x")) == []
 
 
-@pytest.mark.parametrize("wanted", [c for n in (1, 2, 3) for c in itertools.combinations(("x", "lora_A", "lora_B"), n)])
+SUBSETS = [c for n in (1, 2, 3) for c in itertools.combinations(("x", "lora_A", "lora_B"), n)]
+
+
+@pytest.mark.parametrize("wanted", [*SUBSETS, ("weight",), ("bias",)])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_any_subset_of_gradients_is_right(wanted, dropout):
     tensors, gradient = problem((300,))
@@ -523,18 +539,27 @@ def test_inference_equals_the_dense_form(leading):
     assert y.is_inference()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_token_meets_factors_of_another_dtype(dtype):
+    tensors, gradient = problem((1,), dtype=dtype, factor_dtype=torch.float32)
+    with torch.inference_mode():
+        y = lora_linear(**tensors, scale=SCALE)
+    assert y.dtype == dtype
+    assert_close_to_dense([y], tensors, gradient)
+
+
+@pytest.mark.parametrize("call", [partial(lora_linear, scale=SCALE), added_to_linear], ids=["whole", "added"])
 @pytest.mark.parametrize("leading", [(2, 3), (300,)])
-def test_vmap_over_adapters_and_functional_grad_are_right(leading):
+def test_vmap_over_adapters_and_functional_grad_are_right(leading, call):
     tensors, gradient = problem(leading)
     stacked_A = torch.stack([tensors["lora_A"], 2 * tensors["lora_A"]])
     stacked_B = torch.stack([tensors["lora_B"], -tensors["lora_B"]])
 
     def loss(lora_A, lora_B):
-        y = lora_linear(tensors["x"], tensors["weight"], tensors["bias"], lora_A, lora_B, SCALE)
-        return (y * gradient).sum()
+        return (call(tensors["x"], tensors["weight"], tensors["bias"], lora_A, lora_B) * gradient).sum()
 
     gradients = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)))(stacked_A, stacked_B)
-    y = torch.func.vmap(partial(lora_linear, *[tensors[name] for name in ALL[:3]], scale=SCALE))(stacked_A, stacked_B)
+    y = torch.func.vmap(partial(call, *[tensors[name] for name in ALL[:3]]))(stacked_A, stacked_B)
     for index in range(2):
         one = {**tensors, "lora_A": stacked_A[index], "lora_B": stacked_B[index]}
         got = [y[index], gradients[0][index], gradients[1][index]]
