@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -537,6 +538,34 @@ def test_inference_equals_the_dense_form(leading):
         y = lora_linear(**tensors, scale=SCALE, dropout=0.1, training=False)
     assert_close_to_dense([y], tensors, gradient)
     assert y.is_inference()
+
+
+@pytest.mark.parametrize("wide", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("leading", [(1,), (2, 3), (300,)])
+def test_each_factor_may_have_a_dtype_of_its_own(wide, leading):
+    tensors, gradient = problem(leading, dtype=torch.bfloat16)
+    tensors[wide] = tensors[wide].float()
+    for call in (partial(lora_linear, scale=SCALE), added_to_linear):
+        got = run(call, tensors, gradient)
+        assert [value.dtype for value in got[1:]] == [tensor.dtype for tensor in tensors.values()]
+        assert_close_to_dense(got, tensors, gradient)
+        with torch.inference_mode():
+            y = call(**tensors)
+        assert_close_to_dense([y], tensors, gradient)
+
+
+@pytest.mark.parametrize("where", ["x", "weight"])
+@pytest.mark.parametrize("leading", [(2, 3), (300,)])
+def test_a_tensor_that_is_two_stays_two(where, leading):
+    """A wrapper around tensors, as quantisation and sharding have them, knows torch's own operations alone."""
+    tensors, gradient = problem(leading)
+    plain = tensors[where]
+    tensors[where] = TwoTensor(plain, 2 * plain)
+    for call in (partial(lora_linear, scale=SCALE), added_to_linear):
+        y = call(**tensors)
+        assert type(y) is TwoTensor
+        for part, each in ((y.a, plain), (y.b, 2 * plain)):
+            assert_close_to_dense([part], {**tensors, where: each}, gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

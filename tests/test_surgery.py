@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
 
 import peftlib
-from peftlib import AdapterError, Full, LoRA
+from peftlib import AdapterError, Full, LoRA, _table
 
 X = torch.arange(8.0).view(2, 4) / 8
 
@@ -543,6 +543,46 @@ def test_dropout_acts_in_training_only_and_as_on_the_input():
     # An element is kept with probability 1/2 and doubled, so the mean over many rows is the output without dropout.
     spread = (dropped - kept).std(0) / math.sqrt(2000)
     assert ((dropped - kept).mean(0).abs() <= 5 * spread + 1e-6).all()
+
+
+def test_parts_of_which_one_is_merged_cannot_be_one_model():
+    merged, live = linears(), linears()
+    for part in (merged, live):
+        peftlib.inject(part, "0", LoRA)
+    peftlib.merge(moved(merged))
+    model = chain(live, merged)
+    with pytest.raises(
+        AdapterError, match=r"a part of this model is merged and another is not\. Call unmerge on the me"
+    ):
+        peftlib.activate(model, "default")
+
+
+class Tupled(nn.Linear):
+    """Says its state as a tuple, as a class with slots does."""
+
+    def __getstate__(self) -> Any:
+        return (self.__dict__, {})
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state[0])
+
+
+def test_a_state_that_is_no_dict_is_copied_as_it_is():
+    model = chain(Tupled(4, 4))
+    peftlib.inject(model, "0", LoRA)
+    moved(model)
+    other = copy.deepcopy(model)
+    assert same_bits(other(X), model(X))
+    assert type(other[0]) is type(model[0])
+    assert other[0].weight is not model[0].weight
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (4_130_000, "4.1 MB"), (2.5e9, "2.5 GB"), (7e12, "7000.0 GB")],
+)
+def test_bytes_are_said_for_people(count, said):
+    assert _table.size(count) == said
 
 
 def test_pissa_may_take_every_singular_vector():
