@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import math
 import warnings
 from typing import Any
@@ -543,6 +544,59 @@ def test_dropout_acts_in_training_only_and_as_on_the_input():
     # An element is kept with probability 1/2 and doubled, so the mean over many rows is the output without dropout.
     spread = (dropped - kept).std(0) / math.sqrt(2000)
     assert ((dropped - kept).mean(0).abs() <= 5 * spread + 1e-6).all()
+
+
+def test_an_ejected_name_is_unknown_and_acts_no_more():
+    model = linears()
+    for name in ("a", "b"):
+        peftlib.inject(model, nn.Linear, LoRA, name=name)
+    moved(model)
+    peftlib.eject(model, "a")
+    with pytest.raises(AdapterError, match=r"has no adapter named 'a'"):
+        peftlib.activate(model, "a")
+    with peftlib.merged(model):
+        assert {row.name: row.state for row in peftlib.summary(model).rows} == {"b": "merged"}
+
+
+def test_an_adapted_forward_has_the_signature_of_the_host_s():
+    """Trainers read from it which columns of a batch a model takes."""
+    model = modules({"attention": nn.MultiheadAttention(4, 2), "linear": nn.Linear(4, 4)})
+    before = {name: inspect.signature(module.forward) for name, module in model.items()}
+    peftlib.inject(model, ["attention", "linear"], LoRA)
+    assert {name: inspect.signature(module.forward) for name, module in model.items()} == before
+
+
+def test_keywords_reach_a_host_whose_adapters_are_off():
+    model = linears(1)
+    expected = model(X)
+    peftlib.inject(model, "0", LoRA)
+    with peftlib.activate(moved(model)):
+        assert same_bits(model[0](input=X), expected)
+
+
+@pytest.mark.parametrize(("at", "make"), [("the root", lambda: nn.Linear(4, 4)), ("1", linears)], ids=str)
+def test_a_merged_host_that_is_given_other_weights_is_named(at, make):
+    model = make()
+    state = copy.deepcopy(model.state_dict())
+    peftlib.inject(model, "1" if at == "1" else nn.Linear, LoRA)
+    peftlib.merge(model)
+    with pytest.raises(AdapterError, match=rf"load_state_dict: default is merged into {at}, and unmerge would bring"):
+        model.load_state_dict(state)
+
+
+def test_the_fast_path_of_an_encoder_layer_is_off_while_adapters_act_and_only_then():
+    """torch takes it in eval, with the weights of the children and not their calls, unless this attribute is 0."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    own = layer.activation_relu_or_gelu
+    assert own
+    peftlib.inject(layer, "linear1", LoRA)
+    assert layer.activation_relu_or_gelu == 0
+    with peftlib.activate(layer):
+        assert layer.activation_relu_or_gelu == own
+        layer.activation_relu_or_gelu = 2
+    assert layer.activation_relu_or_gelu == 0
+    peftlib.eject(layer)
+    assert layer.activation_relu_or_gelu == 2
 
 
 def test_parts_of_which_one_is_merged_cannot_be_one_model():
