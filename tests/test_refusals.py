@@ -593,7 +593,9 @@ def test_a_foreign_class_on_top_at_eject(merge):
 # ---- what cannot be folded
 
 
-@pytest.mark.parametrize(("at", "make"), [("the root", lambda: nn.Linear(4, 4)), ("1", linears)], ids=str)
+@pytest.mark.parametrize(
+    ("at", "make"), [("the root", lambda: nn.Linear(4, 4)), ("1", linears)], ids=["root", "inside"]
+)
 @pytest.mark.parametrize(
     ("found", "put"),
     [

@@ -574,7 +574,9 @@ def test_keywords_reach_a_host_whose_adapters_are_off():
         assert same_bits(model[0](input=X), expected)
 
 
-@pytest.mark.parametrize(("at", "make"), [("the root", lambda: nn.Linear(4, 4)), ("1", linears)], ids=str)
+@pytest.mark.parametrize(
+    ("at", "make"), [("the root", lambda: nn.Linear(4, 4)), ("1", linears)], ids=["root", "inside"]
+)
 def test_a_merged_host_that_is_given_other_weights_is_named(at, make):
     model = make()
     state = copy.deepcopy(model.state_dict())
