@@ -12,7 +12,7 @@ help:
 	@echo 'make demo       fine-tune a sentence encoder on film reviews, save, load, merge; draws demo.png'
 	@echo 'make test       the suite; make test-all runs the slow tests too'
 	@echo 'make coverage   the suite, and the lines and branches that it misses; fails under 97 %'
-	@echo 'make mutate     lies in the sources, one by one, that no test notices; an hour or two'
+	@echo 'make mutate     lies in the sources, one by one, that no test notices; most of an hour'
 	@echo 'make lint       ruff, pyright, pydoclint'
 	@echo 'make bench      speed and memory beside other libraries; needs a quiet machine'
 	@echo 'make tables     accuracy and forgetting of each kind and method; an hour or two, and it resumes'
@@ -61,7 +61,7 @@ docs: .venv/.with-docs
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf .venv peftlib/kernels build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.json
+	rm -rf .venv peftlib/kernels build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -76,11 +76,13 @@ class Reach:
     most: float = math.inf  # a mutation that only a test beyond it would notice counts as alive
 
     def tests(self, mutation: Mutation) -> list[str]:
-        """Those that run its statement, then those that run its function, then those that run anything in its file:
-        what runs once and is kept was seen in one test only. The fastest first, until they take `most` seconds."""
+        """Those that run its statement; those that compile, for what runs there is not seen; those that run its
+        function, and then anything in its file, for what runs once and is kept was seen in one test only. Of each the
+        fastest first, until they take `most` seconds."""
         by_line = self.lines[mutation.source]
-        wider = [self._tests(by_line, lines) for lines in (mutation.lines, mutation.function, by_line) if lines]
-        found = dict.fromkeys(test for tests in wider for test in tests)
+        compiled = sorted((test for test in self.seconds if "compiled" in test), key=self.seconds.__getitem__)
+        own, around = (self._tests(by_line, lines or ()) for lines in (mutation.lines, mutation.function))
+        found = dict.fromkeys([*own, *compiled, *around, *self._tests(by_line, by_line)])
         until = itertools.accumulate(self.seconds[test] for test in found)
         return [test for test, taken in zip(found, until, strict=True) if taken <= self.most]
 
@@ -108,10 +110,12 @@ def measured(items: list[pytest.Item], sources: Iterable[Path]) -> Reach:
 
 
 def with_new_tests(known: Reach, items: list[pytest.Item], sources: Iterable[Path]) -> Reach:
+    if not known.lines.keys() >= set(sources):
+        return measured(items, sources)
     new = [item for item in items if item.nodeid not in known.seconds]
     if not new:
         return known
-    added = measured(new, sources)
+    added = measured(new, known.lines)
     for source, lines in known.lines.items():
         for line, tests in lines.items():
             added.lines[source].setdefault(line, set()).update(tests)
@@ -200,6 +204,7 @@ def survivors(tasks: Iterable[tuple[int, Callable[[], bool]]], jobs: int) -> Ite
 def _silently(work: Callable[[], bool]) -> bool:
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    os.chdir(tempfile.gettempdir())  # a refusal that no longer refuses may write a file
     return work()
 
 

@@ -554,6 +554,18 @@ def test_each_factor_may_have_a_dtype_of_its_own(wide, leading):
         assert_close_to_dense([y], tensors, gradient)
 
 
+@pytest.mark.parametrize("how", [lambda call: call, torch.func.vmap], ids=["as it is", "mapped"])
+@pytest.mark.parametrize("leading", [(2, 3), (300,)])
+def test_the_term_is_computed_in_the_dtype_of_what_it_is_added_to(leading, how):
+    """As a host gives it that computes in half precision; the values of x are of that precision, and so exact."""
+    tensors, gradient = problem(leading, dtype=torch.bfloat16)
+    y = F.linear(tensors["x"], tensors["weight"], tensors["bias"])
+    call = how(lambda y, x: lora_add(y, x, tensors["lora_A"], tensors["lora_B"], SCALE))
+    got = call(y, tensors["x"].float())
+    assert got.dtype == torch.bfloat16
+    assert_close_to_dense([got], tensors, gradient)
+
+
 @pytest.mark.parametrize("where", ["x", "weight"])
 @pytest.mark.parametrize("leading", [(2, 3), (300,)])
 def test_a_tensor_that_is_two_stays_two(where, leading):

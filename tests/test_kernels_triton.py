@@ -8,6 +8,7 @@ import math
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -475,6 +476,17 @@ def test_a_kernel_that_does_not_compile_is_replaced_by_pytorch(monkeypatch):
     args = arguments("expand", 20, 0, 30, 4, 0.0)
     with pytest.warns(UserWarning, match="failed: division by zero; PyTorch is used"):
         assert torch.equal(triton_ops.expand(*args), twins.expand(*args))
+
+
+def test_nothing_is_compared_while_a_graph_is_captured(monkeypatch):
+    """Nor remembered: the first call outside of a capture compares."""
+    known: dict = {}
+    monkeypatch.setattr(triton_check, "_trusted", known)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(triton_check, "_agrees", lambda *_: pytest.fail("compared inside a capture"))
+    like = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32, shape=(9, 64))
+    assert triton_check.is_trusted("shrink", like, torch.zeros(8, 64), dropout=False)
+    assert known == {}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

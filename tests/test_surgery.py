@@ -558,6 +558,16 @@ def test_an_ejected_name_is_unknown_and_acts_no_more():
         assert {row.name: row.state for row in peftlib.summary(model).rows} == {"b": "merged"}
 
 
+def test_where_the_active_name_was_ejected_none_is_active():
+    model = linears()
+    for name in ("a", "b"):
+        peftlib.inject(model, nn.Linear, LoRA, name=name)
+    peftlib.activate(model, "a")
+    peftlib.eject(model, "a")
+    with pytest.raises(AdapterError, match=r"merge: no adapter is active\. Name one of 'b'\."):
+        peftlib.merge(model)
+
+
 def test_an_adapted_forward_has_the_signature_of_the_host_s():
     """Trainers read from it which columns of a batch a model takes."""
     model = modules({"attention": nn.MultiheadAttention(4, 2), "linear": nn.Linear(4, 4)})
@@ -639,6 +649,16 @@ def test_a_state_that_is_no_dict_is_copied_as_it_is():
 )
 def test_bytes_are_said_for_people(count, said):
     assert _table.size(count) == said
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_pissa_remembers_its_start_in_the_dtype_of_its_factors(dtype):
+    model = linears(1)
+    peftlib.inject(model, "0", LoRA, init="pissa", rank=2, dtype=dtype)
+    ((_, _, adapter),) = peftlib.adapters(model)
+    assert {tensor.dtype for tensor in adapter.state_dict().values()} == {getattr(torch, dtype)}
+    assert same_bits(adapter.initial_A, adapter.lora_A)
+    assert same_bits(adapter.initial_B, adapter.lora_B)
 
 
 def test_pissa_may_take_every_singular_vector():
