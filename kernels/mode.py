@@ -1,4 +1,4 @@
-"""What PEFTLIB_KERNELS forces, as it was at import: 0 no kernel, 1 kernels on a GPU, interpret all of them on the CPU."""
+"""What PEFTLIB_KERNELS forces, as it is at import: 0 no kernel, 1 kernels on a GPU, interpret all on the CPU."""
 
 import os
 

@@ -1,6 +1,7 @@
 """The file: one safetensors file whose metadata say what its tensors are, and that none of its bits has changed."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -118,9 +119,14 @@ def _sum(text: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+@functools.cache  # importlib keeps what it found in a folder for each time at which the folder was changed
+def _version() -> str:
+    return version("peftlib")
+
+
 def write(path: Path, tensors: Iterable[tuple[str, Tensor]], header: Header) -> None:
     """Beside the target, synced, then renamed over it: the file is the old one or the new one, whole."""
-    text = json.dumps({"format": FORMAT, "version": version("peftlib"), **header}, allow_nan=False)
+    text = json.dumps({"format": FORMAT, "version": _version(), **header}, allow_nan=False)
     with replacing(path) as temporary:
         parse(text, _target(path))  # what could not be read back is not written
         held = dict(tensors)

@@ -75,7 +75,7 @@ def _tensors(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
         for key, inner in adapter.file_keys().items():
             tensor, where = whole(state[inner]), f"{host_name}.{key}".lstrip(".")
             require_values(tensor, where)
-            yield where, tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            yield where, tensor.cpu().clone(memory_format=torch.contiguous_format)
 
 
 def require_values(tensor: Any, where: str) -> None:

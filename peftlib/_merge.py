@@ -48,7 +48,7 @@ def merge(model: nn.Module, *names: str, backup: str = "device") -> None:
         with torch.no_grad():
             for _, items in folded_by_host(model, names):
                 for item in items:
-                    rounded, kept = item.rounded(), item.base.detach()
+                    rounded, kept = item.rounded(), item.base
                     kept = kept.clone() if backup == "device" else kept.to("cpu", copy=True)
                     written.append((item.owner, item.leaf, kept))
                     item.base.copy_(rounded)
@@ -97,7 +97,7 @@ def unmerge(model: nn.Module) -> None:
 def _exchange(owner: nn.Module, leaf: str) -> None:
     """A weight and its copy trade values, so that a failure further on can trade back; a failure here changes none."""
     weight, kept = getattr(owner, leaf), owner.__dict__[_BACKUP][leaf]
-    held = weight.detach().to(kept.device, copy=True)
+    held = weight.to(kept.device, copy=True)
     try:
         weight.copy_(kept)
     except BaseException:

@@ -250,6 +250,39 @@ def test_what_is_not_understood_is_refused_by_name(tensors, layout, message):
     assert helpers.changes(before, model) == []
 
 
+def test_a_component_that_no_name_covers_is_not_left_out_in_silence(tmp_path):
+    with pytest.raises(peftlib.AdapterError, match=r"text_encoder\.0: in none of the components\. Name theirs too\."):
+        exchange.save(trained(), tmp_path / "lora.safetensors", "kohya", components={"lora_unet": "unet"})
+    assert not [*tmp_path.iterdir()]
+
+
+def grouped() -> Any:
+    return seeded(lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)))
+
+
+def test_the_groups_of_a_convolution_have_no_place_in_kohya_s_file(tmp_path):
+    tensors = {
+        "lora_unet_0.lora_down.weight": torch.ones(2, 2, 3, 3),
+        "lora_unet_0.lora_up.weight": torch.ones(6, 2, 1, 1),
+    }
+    with pytest.raises(peftlib.AdapterError, match=r"0: kohya ignores the groups of a convolution\. Leave this layer"):
+        exchange.load(grouped(), tensors, "kohya")
+    model = grouped()
+    peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+    with pytest.raises(peftlib.AdapterError, match=r"0: kohya adapts Linear and ungrouped convolutions alone\. Merge"):
+        exchange.save(model, tmp_path / "lora.safetensors", "kohya", components={"lora_unet": ""})
+
+
+@pytest.mark.parametrize("said", ["[1]", "3", "null"])
+def test_metadata_of_diffusers_that_are_no_object(said, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    model = trained()
+    exchange.save(model, path, "diffusers", components={"unet": "unet", "text_encoder": "text_encoder"})
+    save_file(load_file(path), path, {"lora_adapter_metadata": said})
+    with pytest.raises(peftlib.AdapterError, match=r"its lora_adapter_metadata is no JSON object\. Save it again\."):
+        exchange.load(seeded(Pipeline), path, "diffusers", components={"unet": "unet", "text_encoder": "text_encoder"})
+
+
 def test_a_component_is_left_out_only_when_asked():
     model = linear()
     tensors = {**GOOD, "lora_te_0.alpha": torch.tensor(1.0)}

@@ -1,7 +1,10 @@
 """What is saved comes back to the bit, onto its own base only, and a file is the old one or the new one, whole."""
 
+import copy
 import json
 import os
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +28,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import peftlib
-from peftlib import AdapterError, Full, LoRA
+from peftlib import AdapterError, Full, LoRA, _io
 
 
 @pytest.fixture
@@ -354,6 +357,37 @@ def test_a_transposed_or_strided_tensor_is_saved_as_its_values(path):
     assert adapter_bits(other) == adapter_bits(model)
 
 
+def test_a_kind_whose_state_holds_its_live_parameters_is_saved(path):
+    model = injected(linears(), "0", LoRA)
+    ((_, _, adapter),) = peftlib.adapters(model)
+    adapter.register_state_dict_post_hook(lambda module, state, prefix, _: state.update(lora_A=module.lora_A))
+    peftlib.save(model, path)
+    other = copy.deepcopy(model)
+    peftlib.eject(other)
+    peftlib.load(other, path)
+    assert adapter_bits(other) == adapter_bits(model)
+
+
+def test_a_process_that_is_not_the_first_gathers_every_tensor_holds_none_and_writes_nothing(path, monkeypatch):
+    """The others of its mesh wait for it in each gathering; what it gathers is for them."""
+    model = mixed()
+    gathered: list[weakref.ref[Tensor]] = []
+    tensors = _io._tensors
+
+    def watched(model: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in tensors(model, name):
+            gathered.append(weakref.ref(tensor))
+            yield key, tensor
+            del tensor
+            assert not any(ref() is not None for ref in gathered)
+
+    monkeypatch.setattr(_io, "_tensors", watched)
+    monkeypatch.setattr(_io, "writes_here", lambda tensors: False)
+    peftlib.save(model, path)
+    assert len(gathered) == sum(len(adapter.state_dict()) for _, _, adapter in peftlib.adapters(model))
+    assert not path.exists()
+
+
 def test_parameters_that_share_memory_are_each_saved(path):
     model = injected(linears(), ["0", "1"], LoRA, rank=2)
     first, second = (adapter for _, _, adapter in peftlib.adapters(model))
@@ -445,6 +479,12 @@ def test_another_base_is_refused_and_its_hosts_are_named(path):
     with pytest.raises(AdapterError, match=r"made on another base: embedding has weights of other values, layers\.0"):
         peftlib.load(other, path)
     assert changes(before, other) == []
+
+
+def test_another_root_is_called_so(path):
+    peftlib.save(injected(nn.Linear(4, 4), nn.Linear, LoRA), path)
+    with pytest.raises(AdapterError, match=r"made on another base: the root has weights of other values\. Load it"):
+        peftlib.load(nn.Linear(4, 4), path)
 
 
 def test_another_base_is_accepted_if_one_asks_for_it(path):

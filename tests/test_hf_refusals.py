@@ -78,6 +78,163 @@ def test_a_configuration_that_is_not_understood(change, message, saved):
     refused(lambda model: hf.load(model, saved), around(lambda: nn.Linear(5, 3)), message)
 
 
+class Numbered(nn.Linear):
+    """Numbered as the attention modules of transformers are."""
+
+    layer_idx = 0
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+
+
+FACTORS: dict[str, Any] = {"peft_type": "IA3", "feedforward_modules": []}
+FRESH: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "(IA)³ without sides": (
+        lambda: around(lambda: nn.Linear(5, 3)), {"peft_type": "IA3", "target_modules": ["layer"]},
+        r"config: feedforward_modules is missing, and there are no defaults here\. Name them\."),
+    "(IA)³ on a norm": (
+        lambda: around(lambda: nn.LayerNorm(5)), {**FACTORS, "target_modules": ["layer"]},
+        r"layer: peft has no \(IA\)³ for LayerNorm\. Leave this layer out\."),
+    "(IA)³ on a forward of its own": (
+        lambda: around(lambda: Scaled(5, 3)), {**FACTORS, "target_modules": ["layer"]},
+        r"layer: Scaled has a forward of its own; peft scales around it, .*\. Leave this layer out\."),
+    "(IA)³ on what is read and not called": (
+        lambda: around(lambda: nn.MultiheadAttention(8, 2)), {**FACTORS, "target_modules": ["out_proj"]},
+        r"layer\.out_proj: its parent reads it without calling it, so the factor never acts\. Leave .*\."),
+    "LoRA on what is read and not called": (
+        lambda: around(lambda: nn.MultiheadAttention(8, 2)), {"target_modules": ["out_proj"]},
+        r"layer\.out_proj: its parent reads it without calling it, .* Target 'layer', which takes it along\."),
+    "prefixes of no length": (
+        lambda: around(lambda: nn.Linear(5, 3)), {"peft_type": "PREFIX_TUNING"}, r"Around: peft puts a prefix .*"),
+    "prefixes of an encoder and a decoder": (
+        lambda: around(Numbered), {"peft_type": "PREFIX_TUNING"},
+        r"config: prefixes of an encoder and a decoder at once, or of no length\. Correct it\."),
+    "prefixes through a perceptron": (
+        lambda: around(Numbered), {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2, "prefix_projection": True},
+        r"config: prefix_projection: peft's perceptron is one for all layers, .*"),
+    "a prompt of no length": (
+        lambda: around(lambda: nn.Linear(5, 3)), {"peft_type": "PROMPT_TUNING"},
+        r"config: a prompt for an encoder and a decoder at once, or of no length\. Correct it\."),
+    "a prompt of an encoder": (
+        lambda: around(lambda: nn.Linear(5, 3)), {"peft_type": "P_TUNING", "num_virtual_tokens": 2},
+        r"config: P_TUNING needs peft's encoder or a tokenizer to start from\. .*"),
+    "no module": (
+        lambda: around(lambda: nn.Linear(5, 3)), {"target_modules": ["nowhere"]},
+        r"config: target_modules=\['nowhere'\] matches no module\. Correct it\."),
+    "an unknown start": (
+        lambda: around(lambda: nn.Linear(5, 3)), {"target_modules": ["layer"], "init_lora_weights": "orthogonal"},
+        r"config: init_lora_weights='orthogonal' has no counterpart here .*"),
+    "pissa on a convolution": (
+        lambda: around(lambda: nn.Conv1d(4, 6, 3)), {"target_modules": ["layer"], "init_lora_weights": "pissa"},
+        r"layer: init_lora_weights='pissa' is for Linear layers and plain LoRA\. Narrow the targets\."),
+    "a module and its parameter": (
+        lambda: around(lambda: nn.Linear(5, 3)), {"target_modules": ["layer"], "target_parameters": ["layer.weight"]},
+        r"layer: target_modules and target_parameters both name it, which peft refuses\. Name it once\."),
+    "a module without a weight": (
+        lambda: around(lambda: nn.Dropout()), {"target_modules": ["layer"]},
+        r"layer: Dropout has no weight, so peft refuses it\. Narrow the targets\."),
+    "a rank beyond the singular values": (
+        lambda: around(lambda: nn.Linear(5, 3)), {"r": 4, "target_modules": ["layer"], "init_lora_weights": "pissa"},
+        r".*rank=4: a \[3, 5\] matrix has 3 singular vectors\. .*"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "config", "message"), FRESH.values(), ids=FRESH)
+def test_a_configuration_that_cannot_begin_here(make, config, message):
+    refused(lambda model: hf.inject(model, config), make(), message)
+
+
+@pytest.mark.parametrize(("exclude", "left"), [("layer", "head"), (".*ad", "layer"), (["layer"], "head")], ids=str)
+def test_what_is_excluded_is_left_out(exclude, left):
+    model = around(lambda: nn.Linear(5, 3))
+    assert hf.inject(model, {"target_modules": "layer|head", "exclude_modules": exclude}) == [left]
+
+
+def test_the_head_of_a_classifier_is_no_target_of_all_linear():
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.score = nn.Linear(5, 3), nn.Linear(3, 2)
+
+        def get_output_embeddings(self) -> None:
+            """As transformers says of a model without a head of words."""
+
+    config = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
+    assert hf.inject(Classifier(), config) == ["layer"]
+    assert hf.inject(Classifier(), {"target_modules": "all-linear"}) == ["layer", "score"]
+
+
+def test_a_rank_is_shared_by_the_groups_of_a_convolution():
+    model = grouped()
+    hf.inject(model, {"r": 4, "target_modules": ["layer"]})
+    ((*_, adapter),) = peftlib.adapters(model)
+    assert adapter.rank == 2
+
+
+def with_file(folder: Any, config: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+FRONT = {"num_virtual_tokens": 2, "token_dim": 4, "num_attention_heads": 2, "num_layers": 1}
+
+
+def test_vectors_in_front_of_what_is_no_model_of_transformers(tmp_path):
+    folder = with_file(tmp_path, {"peft_type": "PROMPT_TUNING", **FRONT}, {"prompt_embeddings": torch.zeros(2, 4)})
+    message = r"Around: peft's prompts are for models of transformers\. Use their base\."
+    refused(lambda model: hf.load(model, folder), around(lambda: nn.Linear(5, 3)), message)
+
+
+@pytest.mark.parametrize("change", [{"num_layers": 2}, {"token_dim": 3}, {"num_attention_heads": None}], ids=str)
+def test_prefixes_of_a_model_of_another_size(change, tmp_path):
+    config = {"peft_type": "PREFIX_TUNING", **FRONT, **change}
+    folder = with_file(tmp_path, config, {"prompt_embeddings": torch.zeros(2, 8)})
+    message = r".*: token_dim=.*, num_layers=.* are not those of this model of 1 attention layers\. Load it onto its .*"
+    refused(lambda model: hf.load(model, folder), around(Numbered), message)
+
+
+def test_a_learned_bias_needs_a_bias_to_be_held_by(saved):
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_bias": True}))
+    message = (
+        r".*: layer: lora_bias, where the layer has no bias of its own to hold it\. Train it with lora_bias=False\."
+    )
+    refused(lambda model: hf.load(model, saved), around(lambda: nn.Linear(5, 3, bias=False)), message)
+
+
+def test_a_copy_that_is_there_twice_and_differs(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["layer"], modules_to_save=["head"])
+    with quiet():
+        peft.get_peft_model(around(lambda: nn.Linear(5, 3)), config).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_model.safetensors"
+    again = "base_model.model.head.modules_to_save.weight"
+    save_file({**load_file(path), again: torch.zeros(2, 3)}, path)
+    message = rf".*: {re.escape(again)} is not base_model\.model\.head\.weight\. Save it again from its model\."
+    refused(lambda model: hf.load(model, tmp_path), around(lambda: nn.Linear(5, 3)), message)
+
+
+def test_a_weight_that_no_configuration_asks_for(saved):
+    path = saved / "adapter_model.safetensors"
+    save_file({**load_file(path), "base_model.model.head.weight": torch.zeros(2, 3)}, path)
+    message = r".*base_model\.model\.head\.weight.*: not understood, .*"
+    refused(lambda model: hf.load(model, saved), around(lambda: nn.Linear(5, 3)), message)
+
+
+def test_half_an_attention_comes_back_as_half(tmp_path):
+    """peft adapts both halves, so the other one is written as a pair of zeros."""
+    model, x = put(("layer", LoRA, {"rank": 2}), make=lambda: Around(nn.MultiheadAttention(8, 2)))(), torch.randn(3, 8)
+    helpers.moved(model)
+    hf.save(model, tmp_path)
+    with quiet():
+        theirs = peft.PeftModel.from_pretrained(around(lambda: nn.MultiheadAttention(8, 2)), str(tmp_path))
+    assert_same(theirs(x, x, x), model(x, x, x))
+    again = around(lambda: nn.MultiheadAttention(8, 2))
+    hf.load(again, tmp_path)
+    assert len(list(peftlib.adapters(again))) == 1
+    assert helpers.same_bits(again(x, x, x), model(x, x, x))
+
+
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 100_000, '{"r": NaN}', '{"r": 2, "r": 3}', '{"r": 1e999}'])
 def test_a_file_that_is_no_configuration(text, saved):
     (saved / "adapter_config.json").write_text(text)
@@ -118,8 +275,35 @@ class Scaled(nn.Linear):
         return super().forward(input) * 2
 
 
+class Shifted(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+class Blurred(nn.Conv1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / 2
+
+
+class Bent(nn.Module):
+    """Somebody's own, with a weight of any shape."""
+
+    is_transposed = True
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.sum()
+
+
 LAYERS: dict[str, tuple[Any, str]] = {
     "a forward of its own": (lambda: Scaled(5, 3), "has a forward of its own: peft adds the pair beside it"),
+    "a lookup of its own": (lambda: Shifted(9, 6), "Shifted has a forward of its own, which peft goes around"),
+    "a convolution of its own": (lambda: Blurred(4, 6, 3), "Blurred has a forward of its own"),
+    "four dimensions": (lambda: Bent(2, 3, 4, 5), r"its shape is \(2, 3, 4, 5\), and peft adapts parameters of 2 or 3"),
+    "one transposed matrix": (lambda: Bent(1, 4, 5), "peft transposes a stack of one matrix once too often"),
     "dilation": (lambda: nn.Conv1d(4, 6, 3, dilation=2), r"peft ignores the dilation \(2,\)"),
     "reflected edges": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="reflect"), "peft pads with zeros"),
     "max_norm": (lambda: nn.Embedding(9, 6, max_norm=1.0), "peft renormalises its own factor"),
@@ -182,9 +366,28 @@ MIXTURES: dict[str, tuple[Any, str]] = {
     "dropout beside parameters": (
         put(("shared", LoRA, {"dropout": 0.1}), ("layer", LoRA, {"param": "up"}), make=lambda: Around(Experts())),
         r"dropout=0\.1: peft refuses dropout beside target_parameters \(layer\.up\)\. .*"),
+    "(IA)³ and LoRA": (put(("up", peftlib.IA3, {}), ("down", LoRA, {})), r".*LoRA.*IA3.*"),
+    "(IA)³ and a bias": (put(("up", peftlib.IA3, {}), ("down", Full, {"params": "bias"})),
+                         r"peft keeps no learned bias and no rows of weights beside \(IA\)³\. Save them by another .*"),
+    "a prompt of an embedding": (put(("embed_tokens", peftlib.Prompt, {"length": 2})),
+                                 r".*: peft's file holds one prompt in front of the whole model, .*"),
+    "rows of a parameter": (put(("layer", Full, {"rows": [1], "params": "gate"}), make=lambda: Around(Experts())),
+                            r"layer: peft trains rows of an embedding alone\. Use Full without rows\."),
+    "one parameter of two": (
+        put((lambda n, m: n == "layer", LoRA, {"param": "up"}), make=lambda: Twice()),
+        r"again\.layer\.up: peft adapts every parameter whose name ends like the chosen ones, .* Put LoRA on .*\."),
+    "DoRA on a grouped convolution": (
+        put(("layer", DoRA, {"rank": 2}), make=lambda: Around(nn.Conv2d(4, 6, 3, groups=2))),
+        r"layer: .*peft has no sound DoRA for it\. .*"),
     "an unknown kind": (
         put(("up", LoRA, {}), ("down", helpers.Offset, {})), r".*: a file of LoRA has no place for Offset\. .*"),
 }  # fmt: skip
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.again = Experts(), nn.ModuleDict({"layer": Experts()})
 
 
 class Box(nn.Module):

@@ -385,6 +385,35 @@ def test_a_kernel_that_is_wrong_is_not_used(interpreted, monkeypatch):
 
 
 @needs_triton
+def test_a_kernel_that_fails_is_tried_once_and_not_used(interpreted, monkeypatch):
+    from peftlib.kernels import triton_bottleneck
+
+    calls = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(triton_bottleneck, "_trusted", {})
+    monkeypatch.setattr(triton_bottleneck, "forward", fail)
+    x, own, _ = problem(20, 64, 64, 8, torch.float32)
+    with pytest.warns(UserWarning, match="bottleneck .* failed: out of resource: shared memory; PyTorch is used"):
+        first = bottleneck(x, *own, residual=x)
+    assert torch.equal(bottleneck(x, *own, residual=x), first)
+    assert len(calls) == 1
+
+
+@needs_triton
+def test_a_dtype_that_the_kernel_does_not_take_runs_in_pytorch(interpreted, monkeypatch):
+    from peftlib.kernels import triton_bottleneck
+
+    monkeypatch.setattr(triton_bottleneck, "forward", None)
+    x, own, _ = problem(20, 64, 64, 8, torch.float64)
+    found, exact = bottleneck(x, *own, residual=x), plain.bottleneck(x, *own, residual=x)
+    assert torch.allclose(found, exact, rtol=1e-12, atol=1e-12)
+
+
+@needs_triton
 @pytest.mark.skipif(DEVICE != "cpu", reason="looks into the interpreter")
 @pytest.mark.parametrize("shape", SHAPES[1:4], ids=str)
 def test_no_program_strays_or_races_and_x_is_read_once(interpreted, shape):

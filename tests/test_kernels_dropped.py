@@ -48,6 +48,14 @@ def test_output_and_gradients_are_those_of_the_mask_that_ran(shape):
         torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
 
 
+def test_inside_a_functional_transform_a_mask_is_drawn_too():
+    x, weight = (tensor.detach() for tensor in tensors())
+    dx = torch.func.grad(lambda x: dropped(lambda a, b: a * b.sum(), x, weight, dropout=0.5).sum())(x)
+    kept = dx != 0
+    assert 0 < kept.count_nonzero() < kept.numel()
+    assert torch.equal(dx, kept.double() * 2 * weight.sum()), "what is kept counts 1/(1 - p) times"
+
+
 def test_two_draws_differ_and_a_seed_repeats_one():
     assert not torch.equal(mask_of((3, 64), 0.5, 1), mask_of((3, 64), 0.5, 2))
     assert torch.equal(mask_of((3, 64), 0.5, 1), mask_of((3, 64), 0.5, 1))

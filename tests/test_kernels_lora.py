@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -112,15 +113,29 @@ def test_value_and_gradients_equal_the_dense_form(shape, dropout, dtype, route):
         assert_close_to_dense(got, tensors, gradient, keep, dropout, wanted)
 
 
+def added_to_linear(x, weight, bias, lora_A, lora_B, scale=SCALE, **options):
+    return lora_add(F.linear(x, weight, bias), x, lora_A, lora_B, scale, **options)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_added_term_equals_the_dense_form(shape, dtype, route):
+def test_added_term_equals_the_dense_form(shape, dropout, dtype, route):
     tensors, gradient = problem(*shape, dtype=dtype)
+    keep = mask_of(tensors, dropout) if dropout else None
+    got = run(partial(added_to_linear, dropout=dropout, training=True), tensors, gradient)
+    assert_close_to_dense(got, tensors, gradient, keep, dropout)
 
-    def added(x, weight, bias, lora_A, lora_B):
-        return lora_add(F.linear(x, weight, bias), x, lora_A, lora_B, SCALE)
 
-    assert_close_to_dense(run(added, tensors, gradient), tensors, gradient)
+@pytest.mark.parametrize("call", [partial(lora_linear, scale=SCALE), added_to_linear], ids=["whole", "added"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_gradients_the_value_is_the_same_and_so_is_the_mask(shape, dropout, call):
+    tensors, gradient = problem(*shape)
+    keep = mask_of(tensors, dropout) if dropout else None
+    with torch.no_grad():
+        y = call(**tensors, dropout=dropout, training=True)
+    assert_close_to_dense([y], tensors, gradient, keep, dropout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -137,6 +152,19 @@ def test_two_adapters_on_one_host_add_up(dtype):
 
     for function in (twice, joined):
         assert_close_to_dense(run(function, tensors, gradient), tensors, gradient)
+
+
+def test_a_build_that_does_not_know_has_no_native_half_precision(monkeypatch):
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert not aten._has_native.__wrapped__(torch.bfloat16)
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("lora_A",), ("lora_B",)])
+def test_float32_route_gives_the_gradients_that_are_asked_for(wanted, monkeypatch):
+    monkeypatch.setattr(aten, "_has_native", lambda dtype: False)
+    tensors, gradient = problem(leading=(300,), features=520, dtype=torch.bfloat16)
+    got = run(partial(lora_linear, scale=SCALE), tensors, gradient, wanted)
+    assert_close_to_dense(got, tensors, gradient, wanted=wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -286,7 +314,10 @@ def test_low_rank_activations_are_not_kept_where_lora_B_is_frozen():
     assert kept(tensors, wanted=("x", "lora_A"), ignore=(*PARAMETERS, "x")) == []
 
 
-@pytest.mark.parametrize("wanted", [c for n in (1, 2, 3) for c in itertools.combinations(("x", "lora_A", "lora_B"), n)])
+SUBSETS = [c for n in (1, 2, 3) for c in itertools.combinations(("x", "lora_A", "lora_B"), n)]
+
+
+@pytest.mark.parametrize("wanted", [*SUBSETS, ("weight",), ("bias",)])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_any_subset_of_gradients_is_right(wanted, dropout, route):
     tensors, gradient = problem((300,))
@@ -407,19 +438,24 @@ def test_checkpointing_redraws_the_same_mask(leading, reentrant):
     assert all(torch.equal(leaf.grad, right) for leaf, right in zip(leaves, gradients, strict=True))
 
 
+@pytest.mark.parametrize("call", [partial(lora_linear, scale=SCALE), added_to_linear], ids=["whole", "added"])
 @pytest.mark.parametrize("leading", [(2, 3), (300,)])
-def test_dropout_acts_only_in_training(leading):
+def test_dropout_acts_only_in_training(leading, call):
     tensors, _ = problem(leading)
-    assert torch.equal(
-        lora_linear(**tensors, scale=SCALE, dropout=0.5), lora_linear(**tensors, scale=SCALE, training=True)
-    )
+    assert torch.equal(call(**tensors, dropout=0.5), call(**tensors, training=True))
 
 
+def compiled(call):
+    return torch.compile(call, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("call", [partial(lora_linear, scale=SCALE), added_to_linear], ids=["whole", "added"])
+@pytest.mark.parametrize("how", [lambda call: call, compiled], ids=["eager", "compiled"])
 @pytest.mark.parametrize("leading", [(2, 3), (300,)])
-def test_dropout_of_everything_leaves_the_base(leading):
+def test_dropout_of_everything_leaves_the_base(leading, how, call):
     tensors, gradient = problem(leading)
     base = F.linear(tensors["x"], tensors["weight"], tensors["bias"])
-    y, *gradients = run(partial(lora_linear, scale=SCALE, dropout=1.0, training=True), tensors, gradient)
+    y, *gradients = run(how(partial(call, dropout=1.0, training=True)), tensors, gradient)
     assert torch.equal(y, base)
     assert not gradients[3].any()
     assert not gradients[4].any()
@@ -518,18 +554,67 @@ def test_inference_equals_the_dense_form(leading):
     assert y.is_inference()
 
 
+@pytest.mark.parametrize("wide", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("leading", [(1,), (2, 3), (300,)])
+def test_each_factor_may_have_a_dtype_of_its_own(wide, leading):
+    tensors, gradient = problem(leading, dtype=torch.bfloat16)
+    tensors[wide] = tensors[wide].float()
+    for call in (partial(lora_linear, scale=SCALE), added_to_linear):
+        got = run(call, tensors, gradient)
+        assert [value.dtype for value in got[1:]] == [tensor.dtype for tensor in tensors.values()]
+        assert_close_to_dense(got, tensors, gradient)
+        with torch.inference_mode():
+            y = call(**tensors)
+        assert_close_to_dense([y], tensors, gradient)
+
+
+@pytest.mark.parametrize("how", [lambda call: call, torch.func.vmap], ids=["as it is", "mapped"])
 @pytest.mark.parametrize("leading", [(2, 3), (300,)])
-def test_vmap_over_adapters_and_functional_grad_are_right(leading):
+def test_the_term_is_computed_in_the_dtype_of_what_it_is_added_to(leading, how):
+    """As a host gives it that computes in half precision; the values of x are of that precision, and so exact."""
+    tensors, gradient = problem(leading, dtype=torch.bfloat16)
+    y = F.linear(tensors["x"], tensors["weight"], tensors["bias"])
+    call = how(lambda y, x: lora_add(y, x, tensors["lora_A"], tensors["lora_B"], SCALE))
+    got = call(y, tensors["x"].float())
+    assert got.dtype == torch.bfloat16
+    assert_close_to_dense([got], tensors, gradient)
+
+
+@pytest.mark.parametrize("where", ["x", "weight"])
+@pytest.mark.parametrize("leading", [(2, 3), (300,)])
+def test_a_tensor_that_is_two_stays_two(where, leading):
+    """A wrapper around tensors, as quantisation and sharding have them, knows torch's own operations alone."""
+    tensors, gradient = problem(leading)
+    plain = tensors[where]
+    tensors[where] = TwoTensor(plain, 2 * plain)
+    for call in (partial(lora_linear, scale=SCALE), added_to_linear):
+        y = call(**tensors)
+        assert type(y) is TwoTensor
+        for part, each in ((y.a, plain), (y.b, 2 * plain)):
+            assert_close_to_dense([part], {**tensors, where: each}, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_token_meets_factors_of_another_dtype(dtype):
+    tensors, gradient = problem((1,), dtype=dtype, factor_dtype=torch.float32)
+    with torch.inference_mode():
+        y = lora_linear(**tensors, scale=SCALE)
+    assert y.dtype == dtype
+    assert_close_to_dense([y], tensors, gradient)
+
+
+@pytest.mark.parametrize("call", [partial(lora_linear, scale=SCALE), added_to_linear], ids=["whole", "added"])
+@pytest.mark.parametrize("leading", [(2, 3), (300,)])
+def test_vmap_over_adapters_and_functional_grad_are_right(leading, call):
     tensors, gradient = problem(leading)
     stacked_A = torch.stack([tensors["lora_A"], 2 * tensors["lora_A"]])
     stacked_B = torch.stack([tensors["lora_B"], -tensors["lora_B"]])
 
     def loss(lora_A, lora_B):
-        y = lora_linear(tensors["x"], tensors["weight"], tensors["bias"], lora_A, lora_B, SCALE)
-        return (y * gradient).sum()
+        return (call(tensors["x"], tensors["weight"], tensors["bias"], lora_A, lora_B) * gradient).sum()
 
     gradients = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)))(stacked_A, stacked_B)
-    y = torch.func.vmap(partial(lora_linear, *[tensors[name] for name in ALL[:3]], scale=SCALE))(stacked_A, stacked_B)
+    y = torch.func.vmap(partial(call, *[tensors[name] for name in ALL[:3]]))(stacked_A, stacked_B)
     for index in range(2):
         one = {**tensors, "lora_A": stacked_A[index], "lora_B": stacked_B[index]}
         got = [y[index], gradients[0][index], gradients[1][index]]

@@ -6,6 +6,9 @@ Without a GPU they run in the interpreter; `python -m peftlib.kernels.gpu_check`
 import importlib.util
 import math
 import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,21 +27,27 @@ from triton_tools.mutants import mutant
 from triton_tools.traffic import counted
 
 from peftlib.kernels import (
+    aten,
     gpu_check,
+    lora_add,
     lora_linear,
     mode,
     philox,
+    reference,
     segments,
+    steps,
     tiles,
     triton_backward_x,
     triton_backward_y,
     triton_check,
     triton_expand,
+    triton_launch,
     triton_launchers,
     triton_mask,
     triton_ops,
     triton_planes,
     triton_shrink,
+    triton_steps,
     twins,
 )
 
@@ -470,6 +479,17 @@ def test_a_kernel_that_does_not_compile_is_replaced_by_pytorch(monkeypatch):
         assert torch.equal(triton_ops.expand(*args), twins.expand(*args))
 
 
+def test_nothing_is_compared_while_a_graph_is_captured(monkeypatch):
+    """Nor remembered: the first call outside of a capture compares."""
+    known: dict = {}
+    monkeypatch.setattr(triton_check, "_trusted", known)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(triton_check, "_agrees", lambda *_: pytest.fail("compared inside a capture"))
+    like = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.float32, shape=(9, 64))
+    assert triton_check.is_trusted("shrink", like, torch.zeros(8, 64), dropout=False)
+    assert known == {}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", ["shrink", "backward_x", "backward_y", "expand", "grouped_shrink", "grouped_expand"])
 def test_right_kernels_are_trusted(op, dtype, monkeypatch):
@@ -587,9 +607,9 @@ def test_lora_linear_runs_on_the_kernels(dtype, p, monkeypatch):
     x, weight, dY = (tensor.to(DEVICE, dtype) for tensor in (x, weight, dY))
     x, A, B = (tensor.to(DEVICE).requires_grad_() for tensor in (x, A, B))
     got, exact = lora_step(x, weight, A, B, dY, p), exact_lora_step(x, weight, A, B, dY, p)
-    for output, reference in zip(got, exact, strict=True):
+    for output, right in zip(got, exact, strict=True):
         # five roundings to the dtype lie between input and gradient, each relative to values of this size
-        assert (output - reference).abs().max() <= 5 * torch.finfo(dtype).eps * reference.abs().max()
+        assert (output - right).abs().max() <= 5 * torch.finfo(dtype).eps * right.abs().max()
     called = {name for name in launched if name != "sum_planes_kernel"}
     assert called == ({"shrink_kernel", "backward_y_kernel", "backward_x_kernel"} if p else {"backward_y_kernel"})
 
@@ -610,11 +630,14 @@ def exact_lora_step(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, dY: Tensor,
     return y, *torch.autograd.grad(y, (x, A, B), dY)
 
 
+LARGE = (160, 300)  # with 350 outputs 104,000 elements; below 98,304 plain ops run, and no kernel
+
+
 @pytest.mark.parametrize("frozen", ["A", "B", "x"])
 def test_lora_linear_gives_the_gradients_that_are_asked_for(frozen):
-    x, weight = torch.randn(130, 300, device=DEVICE), torch.randn(350, 300, device=DEVICE)
+    x, weight = torch.randn(*LARGE, device=DEVICE), torch.randn(350, 300, device=DEVICE)
     A, B = torch.randn(4, 300, device=DEVICE), torch.randn(350, 4, device=DEVICE)
-    dY = torch.randn(130, 350, device=DEVICE)
+    dY = torch.randn(LARGE[0], 350, device=DEVICE)
     everything = {"x": x, "A": A, "B": B}
     for tensor in everything.values():
         tensor.requires_grad_()
@@ -628,8 +651,21 @@ def test_lora_linear_gives_the_gradients_that_are_asked_for(frozen):
         assert (gradient - whole[name]).abs().max() <= 5 * torch.finfo(x.dtype).eps * whole[name].abs().max()
 
 
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_lora_add_runs_on_the_kernels(p):
+    x, y = torch.randn(*LARGE, device=DEVICE), torch.randn(LARGE[0], 350, device=DEVICE)
+    A, B = torch.randn(4, 300, device=DEVICE), torch.randn(350, 4, device=DEVICE)
+    torch.manual_seed(5)
+    got = lora_add(y, x, A, B, 0.5, p, training=True)
+    torch.manual_seed(5)
+    keep = mask(x, p, philox.new_seed(x.device)) * philox.kept_scale(p) if p else torch.ones_like(x)
+    expected = y.double() + 0.5 * (x * keep).double() @ A.double().t() @ B.double().t()
+    # two roundings of 300 + 4 sums, relative to values of this size
+    assert (got - expected).abs().max() <= 304 * torch.finfo(x.dtype).eps * expected.abs().max()
+
+
 def test_checkpointing_draws_the_same_mask_again():
-    x, weight = torch.randn(130, 300, device=DEVICE, requires_grad=True), torch.randn(350, 300, device=DEVICE)
+    x, weight = torch.randn(*LARGE, device=DEVICE, requires_grad=True), torch.randn(350, 300, device=DEVICE)
     A, B = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((4, 300), (350, 4)))
 
     def gradients(through) -> tuple[Tensor, ...]:
@@ -644,6 +680,43 @@ def test_checkpointing_draws_the_same_mask_again():
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_is_traced_with_dropout_is_the_term_of_the_mask_that_was_drawn(dtype, monkeypatch):
+    """As a compiler traces it, but step by step: on the kernels where they take the dtype, else in plain ops."""
+    monkeypatch.setattr(steps, "is_compiling", lambda: True)
+    x, A, B = (torch.randn(size, device=DEVICE, dtype=dtype) for size in ((2, 9, 64), (4, 64), (48, 4)))
+    torch.manual_seed(5)
+    got = steps.traced_term(x, A, B, 0.5, 0.25)
+    torch.manual_seed(5)
+    if dtype == torch.float64:
+        assert torch.equal(got, reference.lora_term(x, A, B, 0.5, 0.25))
+        return
+    keep = triton_steps.keep_mask(x[0], 0.25, philox.new_seed(x.device))
+    assert 0 < keep.count_nonzero() < keep.numel()
+    torch.manual_seed(5)
+    keep = triton_steps.keep_mask(x.flatten(0, 1), 0.25, philox.new_seed(x.device)).view_as(x)
+    expected = reference.lora_term(*(t.double() for t in (x, A, B)), 0.5, 0.25, keep)
+    # sums of 64 and of 4 products, relative to values of this size
+    assert (got - expected).abs().max() <= 68 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@ON_CPU
+def test_a_dtype_that_no_kernel_takes_runs_in_aten():
+    x, A, B = torch.zeros(4, 32), torch.zeros(4, 32), torch.zeros(16, 4)
+    assert steps.steps_for(x, A, B) is triton_steps
+    assert steps.steps_for(x.double(), A.double(), B.double()) is aten
+
+
+def test_an_mi300x_has_its_own_tiles(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert triton_launch.capability(torch.zeros(1)) == tiles.MI300X
+
+
+def test_dropout_without_a_seed_is_refused():
+    with pytest.raises(ValueError, match=r"dropout of 0\.5 needs a seed: philox\.new_seed\(x\.device\) draws one"):
+        twins.shrink(torch.zeros(2, 4), torch.zeros(1, 4), 1.0, 0.5, None)
+
+
 def test_compiled_lora_linear_is_one_graph_that_keeps_x_and_a_seed():
     x, weight = torch.randn(9, 64, device=DEVICE, requires_grad=True), torch.randn(48, 64, device=DEVICE)
     A, B = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((8, 64), (48, 8)))
@@ -655,8 +728,8 @@ def test_compiled_lora_linear_is_one_graph_that_keeps_x_and_a_seed():
         y = compiled(x, weight, None, A, B, 0.5, 0.25, training=True)
     got = (y, *torch.autograd.grad(y, (x, A, B), torch.ones_like(y)))
     exact = exact_lora_step(x[None], weight, A, B, torch.ones_like(y)[None], 0.25)
-    for output, reference in zip(got, exact, strict=True):
-        torch.testing.assert_close(output.double(), reference.view(output.shape), rtol=1e-5, atol=1e-4)
+    for output, right in zip(got, exact, strict=True):
+        torch.testing.assert_close(output.double(), right.view(output.shape), rtol=1e-5, atol=1e-4)
     assert not [t for t in kept if t.shape == x.shape and t.data_ptr() != x.data_ptr()], "a dropped x or its mask"
 
 
@@ -679,6 +752,28 @@ def test_gpu_check_prints_its_table_from_the_interpreter(capsys):
 def test_gpu_check_refuses_without_a_gpu(capsys):
     assert gpu_check.main([]) == 2
     assert "finds no CUDA or ROCm GPU. Run it on a machine with one" in capsys.readouterr().err
+
+
+@ON_CPU
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda patch: patch.setattr(gpu_check, "find_spec", lambda name: None), "Triton is not installed, .* Install"),
+        (lambda patch: patch.setattr(gpu_check, "TESTS", Path("nowhere")), "nowhere is not there. Run it from a check"),
+    ],
+    ids=["no Triton", "no tests"],
+)
+def test_gpu_check_refuses_where_it_could_check_nothing(spoil, message, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    spoil(monkeypatch)
+    assert gpu_check.main([]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@ON_CPU
+def test_gpu_check_goes_on_where_there_is_a_gpu_and_the_tests(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu_check._refusal(interpret=False) is None
 
 
 @ON_CPU

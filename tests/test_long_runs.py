@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Gain, Offset, base_bits, chain, moved, network, tokens
+from helpers import Gain, Offset, base_bits, chain, linears, moved, network, tokens
 from torch import nn
 
 import peftlib
@@ -114,6 +114,22 @@ def test_a_hundred_cycles_leave_nothing(tmp_path):
 @pytest.mark.slow
 def test_ten_thousand_cycles_leave_nothing(tmp_path):
     run(10_000, tmp_path / "adapter.safetensors")
+
+
+def test_saving_leaves_nothing_though_a_folder_on_the_path_of_modules_changes_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = linears()
+    peftlib.inject(model, "0", LoRA, rank=2)
+
+    def saved(times: range) -> int:
+        for at in times:
+            os.utime(tmp_path, (at, at))
+            peftlib.save(model, tmp_path / "adapter.safetensors")
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = saved(range(1, 4))
+    assert saved(range(4, 34)) - before < 30, "a leak of one object a save would be more"
 
 
 def graphs() -> int:

@@ -191,6 +191,33 @@ def test_merged_restores_after_the_block_and_after_an_exception():
     assert changes(before, model) == []
 
 
+def test_a_name_that_cannot_be_merged_is_no_obstacle_to_another():
+    model = linears()
+    peftlib.inject(model, "0", Offset, name="offset")
+    peftlib.inject(model, "1", LoRA, name="lora")
+    peftlib.merge(moved(model), "lora")
+    assert {row.name: row.state for row in peftlib.summary(model).rows} == {"offset": "off", "lora": "merged"}
+
+
+def test_merged_hands_its_backup_on():
+    with pytest.raises(ValueError, match="backup='disk'"), peftlib.merged(several(), backup="disk"):
+        pass
+
+
+def test_weights_that_train_merge_stream_and_come_back():
+    """What autograd refuses outside of no_grad: writing in place into a leaf that requires a gradient."""
+    model = linears()
+    peftlib.inject(model, "0", LoRA, freeze=False)
+    moved(model)
+    before = snapshot(model)
+    streamed = dict(peftlib.merged_state_dict(model))
+    assert not any(tensor.requires_grad for tensor in streamed.values())
+    with peftlib.merged(model):
+        assert same_bits(model[0].weight, streamed["0.weight"])
+        assert model[0].weight.is_leaf
+    assert changes(before, model) == []
+
+
 def test_merging_keeps_the_parameter_objects():
     """Optimizers and ties hold on to them."""
     model = several()
@@ -490,6 +517,15 @@ def test_a_stream_lets_go_of_what_it_gave(monkeypatch):
         del key, tensor
         assert sum(ref() is not None for ref in given) <= 1
     assert len(given) == 12
+
+
+def test_a_stream_keeps_no_graph_for_a_backward_that_never_comes(monkeypatch):
+    folded: list[Tensor] = []
+    rounded = Folded.rounded
+    monkeypatch.setattr(Folded, "rounded", lambda self: folded.append(self.value) or rounded(self))
+    list(peftlib.merged_state_dict(several()))
+    assert folded
+    assert all(value.grad_fn is None for value in folded)
 
 
 def test_a_stream_may_be_dropped_in_the_middle():

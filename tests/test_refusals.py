@@ -87,6 +87,17 @@ class Expert(nn.Module):
         return x @ self.up
 
 
+class Around(nn.Module):
+    """Has no parameter of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
 class Crowded(nn.Linear):
     adapters = "something of its own"
 
@@ -157,6 +168,11 @@ HOSTS = {
         inject(nn.Linear),
         r"1: Final cannot change its class \(Final is final\)\. Wrap it in a plain nn\.Module and adapt that\.",
     ),
+    "a root whose class cannot change": Refusal(
+        lambda: Final(2, 2),
+        inject(nn.Linear),
+        r"the root: Final cannot change its class \(Final is final\)\. Wrap it in a plain nn\.Module and adapt that\.",
+    ),
     "a child that fused kernels read": Refusal(
         lambda: chain(MambaMixer()),
         inject("x_proj"),
@@ -218,7 +234,7 @@ CONFIGS = {
             inject("0", dropout=dropout),
             rf"cannot put LoRA into 0: dropout={re.escape(repr(dropout))}: the probability is in \[0, 1\)\. Pass .*\.",
         )
-        for dropout in (1.0, -0.1, float("nan"), True, "0.1", None)
+        for dropout in (1.0, -0.1, float("nan"), True, False, "0.1", None)
     },
     **{
         f"init={init!r}": Refusal(
@@ -279,6 +295,12 @@ CONFIGS = {
         lambda: chain(Expert()),
         inject("0", param="a.b.down"),
         r"cannot put LoRA into 0: Expert\.a\.b\.down is no tensor of it, and LoRA needs a matrix\. Its matrices: up\.",
+    ),
+    "a param of a module whose matrices are deeper": Refusal(
+        lambda: chain(Around(Expert())),
+        inject("0", param="down"),
+        r"cannot put LoRA into 0: Around\.down is no tensor of it, and LoRA needs a matrix\. Use Full for vectors, or "
+        r"target a module that has a matrix\.",
     ),
     "a param that is a vector": Refusal(
         conv,
@@ -579,6 +601,29 @@ def test_a_foreign_class_on_top_at_eject(merge):
 
 
 # ---- what cannot be folded
+
+
+@pytest.mark.parametrize(
+    ("at", "make"), [("the root", lambda: nn.Linear(4, 4)), ("1", linears)], ids=["root", "inside"]
+)
+@pytest.mark.parametrize(
+    ("found", "put"),
+    [
+        (
+            "a forward was put on this AdaptedLinear itself",
+            lambda host: host.__dict__.update(forward=lambda x: x),
+        ),
+        (
+            "Foreign, Other was put above the adapted Linear",
+            lambda host: setattr(host, "__class__", type("Foreign", (type("Other", (type(host),), {}),), {})),
+        ),
+    ],
+    ids=["a forward", "two classes"],
+)
+def test_what_was_put_on_a_host_after_inject_is_named_at_eject(at, make, found, put):
+    model = adapted(make, nn.Linear)()
+    put(model if at == "the root" else model[1])
+    check(Refusal(linears, peftlib.eject, rf"{at}: {found} after inject\. Undo that first, then eject\."), model)
 
 
 def tied() -> Any:
@@ -1005,6 +1050,11 @@ SAVES = {
         adapted(),
         {"metadata": {"loss": float("nan")}},
         r"metadata: .*nan.* would not come back from JSON as it is\. Use a dict with string keys, .*\.",
+    ),
+    "metadata that are infinite": (
+        adapted(),
+        {"metadata": {"loss": float("inf")}},
+        r"metadata: .*inf.* would not come back from JSON as it is\. Use a dict with string keys, .*\.",
     ),
     "metadata that are no dict": (adapted(), {"metadata": ["reviews"]}, r"metadata: .*\."),
 }

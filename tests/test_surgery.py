@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import math
 import warnings
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
 
 import peftlib
-from peftlib import AdapterError, Full, LoRA
+from peftlib import AdapterError, Full, LoRA, _table
 
 X = torch.arange(8.0).view(2, 4) / 8
 
@@ -145,6 +146,13 @@ def test_a_parametrized_host_is_adapted_and_ejected():
     torch.testing.assert_close(model(X), expected + 4 * X @ lora.lora_A.T @ lora.lora_B.T)
     peftlib.eject(model)
     assert changes(before, model) == []
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_inject_puts_in_is_in_the_mode_of_its_host(training):
+    model = linears().train(training)
+    peftlib.inject(model, nn.Linear, LoRA)
+    assert {module.training for module in model.modules()} == {training}
 
 
 def test_adapted_classes_are_one_for_each_class_and_look_like_it():
@@ -566,6 +574,128 @@ def test_dropout_acts_in_training_only_and_as_on_the_input():
     # An element is kept with probability 1/2 and doubled, so the mean over many rows is the output without dropout.
     spread = (dropped - kept).std(0) / math.sqrt(2000)
     assert ((dropped - kept).mean(0).abs() <= 5 * spread + 1e-6).all()
+
+
+def test_an_ejected_name_is_unknown_and_acts_no_more():
+    model = linears()
+    for name in ("a", "b"):
+        peftlib.inject(model, nn.Linear, LoRA, name=name)
+    moved(model)
+    peftlib.eject(model, "a")
+    with pytest.raises(AdapterError, match=r"has no adapter named 'a'"):
+        peftlib.activate(model, "a")
+    with peftlib.merged(model):
+        assert {row.name: row.state for row in peftlib.summary(model).rows} == {"b": "merged"}
+
+
+def test_where_the_active_name_was_ejected_none_is_active():
+    model = linears()
+    for name in ("a", "b"):
+        peftlib.inject(model, nn.Linear, LoRA, name=name)
+    peftlib.activate(model, "a")
+    peftlib.eject(model, "a")
+    with pytest.raises(AdapterError, match=r"merge: no adapter is active\. Name one of 'b'\."):
+        peftlib.merge(model)
+
+
+def test_an_adapted_forward_has_the_signature_of_the_host_s():
+    """Trainers read from it which columns of a batch a model takes."""
+    model = modules({"attention": nn.MultiheadAttention(4, 2), "linear": nn.Linear(4, 4)})
+    before = {name: inspect.signature(module.forward) for name, module in model.items()}
+    peftlib.inject(model, ["attention", "linear"], LoRA)
+    assert {name: inspect.signature(module.forward) for name, module in model.items()} == before
+
+
+def test_keywords_reach_a_host_whose_adapters_are_off():
+    model = linears(1)
+    expected = model(X)
+    peftlib.inject(model, "0", LoRA)
+    with peftlib.activate(moved(model)):
+        assert same_bits(model[0](input=X), expected)
+
+
+@pytest.mark.parametrize(
+    ("at", "make"), [("the root", lambda: nn.Linear(4, 4)), ("1", linears)], ids=["root", "inside"]
+)
+def test_a_merged_host_that_is_given_other_weights_is_named(at, make):
+    model = make()
+    state = copy.deepcopy(model.state_dict())
+    peftlib.inject(model, "1" if at == "1" else nn.Linear, LoRA)
+    peftlib.merge(model)
+    with pytest.raises(AdapterError, match=rf"load_state_dict: default is merged into {at}, and unmerge would bring"):
+        model.load_state_dict(state)
+
+
+def test_the_fast_path_of_an_encoder_layer_is_off_while_adapters_act_and_only_then():
+    """torch takes it in eval, with the weights of the children and not their calls, unless this attribute is 0."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    own = layer.activation_relu_or_gelu
+    assert own
+    peftlib.inject(layer, "linear1", LoRA)
+    assert layer.activation_relu_or_gelu == 0
+    with peftlib.activate(layer):
+        assert layer.activation_relu_or_gelu == own
+        layer.activation_relu_or_gelu = 2
+    assert layer.activation_relu_or_gelu == 0
+    peftlib.eject(layer)
+    assert layer.activation_relu_or_gelu == 2
+
+
+def test_parts_of_which_one_is_merged_cannot_be_one_model():
+    merged, live = linears(), linears()
+    for part in (merged, live):
+        peftlib.inject(part, "0", LoRA)
+    peftlib.merge(moved(merged))
+    model = chain(live, merged)
+    with pytest.raises(
+        AdapterError, match=r"a part of this model is merged and another is not\. Call unmerge on the me"
+    ):
+        peftlib.activate(model, "default")
+
+
+class Tupled(nn.Linear):
+    """Says its state as a tuple, as a class with slots does."""
+
+    def __getstate__(self) -> Any:
+        return (self.__dict__, {})
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state[0])
+
+
+def test_a_state_that_is_no_dict_is_copied_as_it_is():
+    model = chain(Tupled(4, 4))
+    peftlib.inject(model, "0", LoRA)
+    moved(model)
+    other = copy.deepcopy(model)
+    assert same_bits(other(X), model(X))
+    assert type(other[0]) is type(model[0])
+    assert other[0].weight is not model[0].weight
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (4_130_000, "4.1 MB"), (2.5e9, "2.5 GB"), (7e12, "7000.0 GB")],
+)
+def test_bytes_are_said_for_people(count, said):
+    assert _table.size(count) == said
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_pissa_remembers_its_start_in_the_dtype_of_its_factors(dtype):
+    model = linears(1)
+    peftlib.inject(model, "0", LoRA, init="pissa", rank=2, dtype=dtype)
+    ((_, _, adapter),) = peftlib.adapters(model)
+    assert {tensor.dtype for tensor in adapter.state_dict().values()} == {getattr(torch, dtype)}
+    assert same_bits(adapter.initial_A, adapter.lora_A)
+    assert same_bits(adapter.initial_B, adapter.lora_B)
+
+
+def test_pissa_may_take_every_singular_vector():
+    model = chain(nn.Linear(4, 3))
+    expected = model(X)
+    peftlib.inject(model, "0", LoRA, init="pissa", rank=3)
+    assert torch.equal(model(X), expected)
 
 
 def test_drawing_again_needs_no_host_but_for_pissa():

@@ -101,6 +101,32 @@ def thawed_base() -> Any:
     return model
 
 
+class Unread(peftlib.Adapter):
+    """Keeps a parameter that nothing reads."""
+
+    def __init__(self, host: Any) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(len(host.weight)))
+        self.unread = nn.Parameter(torch.ones(2))
+
+    def forward(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs) + self.shift
+
+
+@torch.no_grad()
+def silenced(model: Any) -> Any:
+    """What comes after gives back nothing of what the adapter does."""
+    for parameter in peftlib.parameters(model):
+        parameter.add_(0.1)
+    model.append(Mute())
+    return model
+
+
+class Mute(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0
+
+
 PROBLEMS = {
     "did not run": (
         lambda: adapted(Detached(), ["used", "idle"]),
@@ -121,6 +147,14 @@ PROBLEMS = {
     "a dead factor among others": (
         lambda: adapted(linears(), "1", Spare, rank=2),
         ['"default" on 1 (Spare) has a dead factor: spare is all zero and gets no gradient. Reset'],
+    ),
+    "a factor of zero behind": (
+        lambda: silenced(adapted(linears(), "0")),
+        ['"default" on 0 (LoRA) got no gradient: every one is zero. Look for a factor of zero behind it.'],
+    ),
+    "a parameter that is not read": (
+        lambda: adapted(linears(), "1", Unread),
+        ['"default" on 1 (Unread): unread got no gradient, for the host does not read it. Leave it out.'],
     ),
     "does not train": (
         frozen_adapter,
