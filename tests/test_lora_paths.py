@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import peftlib
 from peftlib import LoRA
 
-X = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
+FUSED = ("DenseLoRABackward", "LoRALinearBackward")
+X = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))
 
 
 def graph(y: Tensor) -> list[str]:
@@ -36,14 +37,14 @@ def adapted(*names: str, dropout: float = 0.0, training: bool = True) -> Any:
 @pytest.mark.parametrize(("training", "dropout"), [(True, 0.0), (False, 0.0), (True, 0.1), (False, 0.1)])
 def test_one_adapter_on_a_linear_is_one_fused_step(training, dropout):
     ran = graph(adapted("a", dropout=dropout, training=training)(X))
-    assert ran[0] == "LoRALinearBackward"
+    assert ran[0] in FUSED
     assert "LoRAAddBackward" not in ran
 
 
 @pytest.mark.parametrize(("training", "dropout"), [(True, 0.0), (False, 0.0), (False, 0.1)])
 def test_adapters_on_one_linear_are_one_product_where_no_dropout_acts(training, dropout):
     ran = graph(adapted("a", "b", "c", dropout=dropout, training=training)(X))
-    assert ran[0] == "LoRALinearBackward"
+    assert ran[0] in FUSED
     assert "LoRAAddBackward" not in ran
 
 
