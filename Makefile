@@ -42,7 +42,7 @@ coverage: .venv/.with-test
 
 mutate: .venv/.with-test
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/mutate.py \
-	  peftlib/_merge.py peftlib/_io.py peftlib/_host.py peftlib/lora.py kernels/lora.py
+	  peftlib/_merge.py peftlib/_io.py peftlib/_host.py peftlib/lora.py kernels/lora.py kernels/lora_dense.py
 
 lint: .venv/.with-lint .venv/.with-test .venv/.with-demo
 	$(BIN)/ruff check .
