@@ -108,3 +108,14 @@ def test_kernels_fit_at_every_rank_and_size(target, rows, rank):
             continue
         for name, kernel in compile_launches(op, target, *arguments(op, rank, p, rows=rows)).items():
             assert_fits(target, name, kernel, rank)
+
+
+@pytest.mark.parametrize(("capability", "columns", "stages"), [
+    ((8, 0), 64, 4), ((9, 0), 128, 3), ((10, 0), 128, 3), (tiles.MI300X, 128, 2),
+])  # fmt: skip
+def test_without_dropout_each_device_has_its_own_tile_and_one_token_the_least(capability, columns, stages):
+    many, one = (tiles.shrink(tokens, 4096, 16, False, capability) for tokens in (8192, 1))
+    assert (many.rows, many.columns, many.stages) == (64, columns, stages)
+    assert one.rows == 16
+    assert one.splits > 1, "one block of rows does not fill a device, so K is dealt out"
+    assert many.splits == 1 or capability == tiles.MI300X

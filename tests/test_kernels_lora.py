@@ -9,6 +9,7 @@ import doctest
 import itertools
 import sys
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -592,6 +593,30 @@ def test_a_tensor_that_is_two_stays_two(where, leading):
         assert type(y) is TwoTensor
         for part, each in ((y.a, plain), (y.b, 2 * plain)):
             assert_close_to_dense([part], {**tensors, where: each}, gradient)
+
+
+class Noted(Tensor):
+    """Writes down what is asked of it."""
+
+    asked: ClassVar[set[str]] = set()
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.asked.add(getattr(func, "__name__", ""))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("where", ["x", "weight"])
+@pytest.mark.parametrize("leading", [(1,), (2, 3), (300,)])
+def test_of_a_subclass_no_more_is_asked_than_a_linear_layer_and_sums(where, leading):
+    """Which is what those know that pack their numbers: no product of matrices by another name, and none in place."""
+    tensors, gradient = problem(leading)
+    tensors[where] = tensors[where].as_subclass(Noted)
+    Noted.asked.clear()
+    y = lora_linear(**tensors, scale=SCALE)
+    assert "linear" in Noted.asked
+    assert not Noted.asked & {"mm", "addmm", "addmm_", "addmv_", "mv", "view", "matmul"}
+    assert_close_to_dense([y.as_subclass(Tensor)], {k: t.as_subclass(Tensor) for k, t in tensors.items()}, gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
