@@ -15,6 +15,8 @@ import torch
 ROOT = pathlib.Path(__file__).parent.parent
 AT_LEAST = 2e-3  # seconds a measurement: a clock's resolution and a call's jitter are then below a percent
 
+TOGETHER = 4.0  # seconds of all rounds
+
 Run = Callable[[], Any]
 Contest = Callable[..., None]
 
@@ -38,7 +40,7 @@ def proven(tests: str) -> bool:
 def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
     """`contest(row, {"base": run, "peftlib": run, peer: run, ...}, tests=...)` times all and records seconds a call."""
 
-    def hold(row: str, runs: dict[str, Run], *, tests: str, rounds: int = 15, note: str = "") -> None:
+    def hold(row: str, runs: dict[str, Run], *, tests: str, rounds: int | None = None, note: str = "") -> None:
         if not proven(tests):
             pytest.fail(f"{tests}: red, so the speed of this op says nothing. Mend it first.")
         loops = {name: _loops(run) for name, run in runs.items()}
@@ -55,6 +57,14 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
                 if name != "peftlib":
                     measure(name)
 
+        def enough() -> int:
+            """The minimum of a few short runs is their noise: as many rounds as take some seconds, 15 at least."""
+            started = time.perf_counter()
+            others()
+            measure("peftlib")
+            return max(15, round(TOGETHER / (time.perf_counter() - started)))
+
+        rounds = rounds or enough()
         benchmark.group = request.module.__doc__.split("\n")[0]
         benchmark.pedantic(measure, args=("peftlib",), setup=others, rounds=rounds, iterations=1)
         benchmark.extra_info.update(row=row, unit="s", values=best, note=note)

@@ -2,22 +2,19 @@
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
-from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from . import mode, reference
+from . import reference
 from .aten import gemm_dtype
 from .dropout import KeepMask, draw_seed
-from .lora_autograd import without_autocast
+from .lora_autograd import rows, wants_plain_ops, without_autocast
+from .mode import may_run_triton
 
-_HAS_TRITON = find_spec("triton") is not None
 _aten: Any = torch.ops.aten
 
 # The gradient of each of `reference.ACTIVATIONS`, from the one that arrives and from what the activation was given.
@@ -73,7 +70,7 @@ class Bottleneck(Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dY,) = grad_outputs
-        gradients = _differentiable if _wants_plain_ops(dY) else _gradients
+        gradients = _differentiable if wants_plain_ops(dY) else _gradients
         x, z, seed, *weights = ctx.saved_tensors  # read once: checkpointing computes them again for it
         with without_autocast(dY):
             dX, *own = gradients(ctx, dY, x, z, seed, Weights(*weights))
@@ -89,8 +86,8 @@ def bottleneck_forward(
     dtype = _compute_dtype(x)
     wide = gemm_dtype(x.new_empty(0, dtype=dtype))
     with without_autocast(x):
-        x2, own = _rows(x).to(wide), weights.cast(wide)
-        onto = _rows(x) if settings.adds_input else None if residual is None else _rows(residual)
+        x2, own = rows(x).to(wide), weights.cast(wide)
+        onto = rows(x) if settings.adds_input else None if residual is None else rows(residual)
         if _runs_triton(x2, own, settings):
             from . import triton_bottleneck
 
@@ -131,7 +128,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Of x and of each of `weights`. The activations, and what a norm was given, are computed again."""
     z = z.to(gemm_dtype(z))
-    settings, own, dY = ctx.settings, weights.cast(z.dtype), _rows(dY).to(z.dtype)
+    settings, own, dY = ctx.settings, weights.cast(z.dtype), rows(dY).to(z.dtype)
     kept = _kept(z, seed, settings.dropout)
     h, d_norm = _hidden(z, kept, settings), [None, None]
     if settings.norm == "after":
@@ -140,7 +137,7 @@ def _gradients(
     dz, d_down = _BACKWARD[settings.activation](g if kept is None else g * kept, z), None
     dX = dz @ own.down if ctx.needs_input_grad[0] or settings.norm == "before" else None
     if x is not None:
-        x2 = inner = _rows(x).to(z.dtype)
+        x2 = inner = rows(x).to(z.dtype)
         if dX is not None and settings.norm == "before":
             inner = _normed(x2, own, settings)
             dX, *d_norm = _norm_backward(dX, x2, own, settings)
@@ -173,10 +170,10 @@ def _differentiable(
         )
     keep = None if seed is None else _mask(z, seed, ctx.settings.dropout)
     with torch.enable_grad():
-        y = plain_form(_rows(x).to(z.dtype), weights, None, ctx.settings, keep)
+        y = plain_form(rows(x).to(z.dtype), weights, None, ctx.settings, keep)
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:-1]]
         wanted = [t for t, need in zip((x, *weights), needs, strict=True) if need and t is not None]
-        found = iter(torch.autograd.grad(y, wanted, _rows(dY).to(y.dtype), create_graph=True))
+        found = iter(torch.autograd.grad(y, wanted, rows(dY).to(y.dtype), create_graph=True))
     return [next(found) if need else None for need in needs]
 
 
@@ -197,19 +194,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _runs_triton(x: Tensor, own: Weights, settings: Settings) -> bool:
-    if settings.norm != "none" or settings.dropout or not _HAS_TRITON:
-        return False
-    if not (x.is_cuda or mode.MODE == "interpret"):
+    if settings.norm != "none" or settings.dropout or not may_run_triton(x):
         return False
     from . import triton_bottleneck
 
     return triton_bottleneck.supported(x, own.down, own.up, settings.activation)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
-def _wants_plain_ops(dY: Tensor) -> bool:
-    # Under create_graph the backward pass is differentiated, and under is_grads_batched it is mapped.
-    return torch.is_grad_enabled() or is_legacy_batchedtensor(dY) or _are_functorch_transforms_active()

@@ -14,7 +14,8 @@ from .aten import gemm_dtype
 from .dropout import draw_small
 from .lora_autograd import LoRAAdd, LoRALinear, add_forward, linear_forward
 from .lora_dense import DenseLoRA, dense_forward
-from .steps import interprets, traced_term
+from .mode import interprets
+from .steps import traced_term
 
 _DENSE = frozenset((Tensor, Parameter))
 # Up to so many elements of x and y it is calls that cost, not memory: with dropout a step of 256 tokens, 256 to 256,
@@ -37,7 +38,7 @@ def lora_linear(
 
     y = x Wᵀ + b + s·drop(x) Aᵀ Bᵀ
 
-    For backward it keeps x itself, s·drop(x) Aᵀ and the seed of the mask: no mask, no dropped or cast copy of x (where
+    For backward it keeps x itself, drop(x) Aᵀ and the seed of the mask: no mask, no dropped or cast copy of x (where
     x and y together have up to 262,144 elements on a CPU, a mask of 16 bits an element in place of the seed, which is
     the faster there). x is not kept where neither A nor W needs a gradient. Where B is zero, y equals
     `F.linear(x, weight, bias)` to the bit. Gradients of any order are right; a second one needs an A that requires a
@@ -69,7 +70,7 @@ def lora_linear(
 
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.
     """
-    p = _probability(dropout) if training and dropout else 0.0
+    p = _probability(dropout) if training else 0.0
     if _is_traced(x, weight):
         y = F.linear(x, weight, bias)
         return y + traced_term(x.to(y.dtype), lora_A, lora_B, scale, p)
@@ -122,7 +123,7 @@ def lora_add(
 
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021.
     """
-    p = _probability(dropout) if training and dropout else 0.0
+    p = _probability(dropout) if training else 0.0
     if _is_traced(x, y):
         return y + traced_term(x.to(y.dtype), lora_A, lora_B, scale, p)
     if _is_small(x, y.shape[-1], p) and x.dtype == y.dtype and y.is_contiguous():

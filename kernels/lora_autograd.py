@@ -40,12 +40,11 @@ class LoRALinear(Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
         (dY,) = grad_outputs
-        needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
         if wants_plain_ops(dY):
-            dX, dW, dA, dB = differentiable(ctx, dY, (needs_x, needs_weight, needs_A, needs_B))
-        else:
-            with without_autocast(dY):
-                dX, dW, dA, dB = _backward(ctx, rows(dY), (needs_x, needs_weight, needs_A, needs_B))
+            return differentiable_linear(ctx, dY)
+        needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+        with without_autocast(dY):
+            dX, dW, dA, dB = _backward(ctx, rows(dY), (needs_x, needs_weight, needs_A, needs_B))
         return dX, dW, rows(dY).sum(0) if needs_bias else None, dA, dB, None, None
 
 
@@ -89,7 +88,7 @@ class LoRAAdd(Function):
         (dY,) = grad_outputs
         _, needs_x, needs_A, needs_B = ctx.needs_input_grad[:4]
         if wants_plain_ops(dY):
-            dX, _, dA, dB = differentiable(ctx, dY, (needs_x, False, needs_A, needs_B))
+            dX, _, dA, dB = _differentiable(ctx, dY, (needs_x, False, needs_A, needs_B))
         else:
             with without_autocast(dY):
                 dX, _, dA, dB = _backward(ctx, rows(dY), (needs_x, False, needs_A, needs_B))
@@ -200,7 +199,13 @@ def _through_shrink(
     return dX if needs_x else None, dA
 
 
-def differentiable(ctx: Any, dY: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
+def differentiable_linear(ctx: Any, dY: Tensor) -> Gradients:
+    needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+    dX, dW, dA, dB = _differentiable(ctx, dY, (needs_x, needs_weight, needs_A, needs_B))
+    return dX, dW, rows(dY).sum(0) if needs_bias else None, dA, dB, None, None
+
+
+def _differentiable(ctx: Any, dY: Tensor, needs: tuple[bool, bool, bool, bool]) -> Gradients:
     """The backward pass through the plain form, whose own backward torch knows."""
     x, weight, lora_A, lora_B, hs, seed = ctx.saved_tensors
     if x is None and hs is not None:

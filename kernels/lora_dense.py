@@ -9,7 +9,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from .dropout import draw_small
-from .lora_autograd import Gradients, differentiable, keep_for_backward, rows, wants_plain_ops, without_autocast
+from .lora_autograd import Gradients, differentiable_linear, keep_for_backward, wants_plain_ops, without_autocast
 from .reference import survivors_scale
 
 
@@ -40,9 +40,7 @@ class DenseLoRA(Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
         (dY,) = grad_outputs
         if wants_plain_ops(dY):
-            needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-            dX, dW, dA, dB = differentiable(ctx, dY, (needs_x, needs_weight, needs_A, needs_B))
-            return dX, dW, rows(dY).sum(0) if needs_bias else None, dA, dB, None, None
+            return differentiable_linear(ctx, dY)
         dY = _flat(dY.contiguous())
         if not _is_any_autocast_enabled():
             return _backward(ctx, dY)
@@ -66,7 +64,7 @@ def dense_forward(
     y = F.linear(x, weight, bias)  # not of x2: a result that is a view costs autograd 10 µs more
     if dropout:
         keep, scale = draw_small(x2, dropout), scale * survivors_scale(dropout)
-        x2 = x2 * keep
+        x2 = x2 * keep.to(x.dtype)
     h = torch.mm(x2, _as(x, lora_A).t())
     _flat(y).addmm_(h, _as(x, lora_B).t(), alpha=scale)
     return y, h, keep
@@ -75,7 +73,9 @@ def dense_forward(
 def _backward(ctx: Any, dY: Tensor) -> Gradients:
     needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
     x, weight, lora_A, lora_B, h, keep = ctx.saved_tensors
-    scale = ctx.scale if keep is None else ctx.scale * survivors_scale(ctx.dropout)
+    scale = ctx.scale
+    if keep is not None:  # cast once: a product of two dtypes would cast it each time
+        keep, scale = keep.to(dY.dtype), scale * survivors_scale(ctx.dropout)
     lora_A, lora_B, x2 = _as(dY, lora_A), _as(dY, lora_B), None if x is None else _flat(x)
     dX = dW = dA = dB = None
     g = torch.mm(dY, lora_B) if needs_x or needs_A else dY

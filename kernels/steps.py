@@ -1,12 +1,12 @@
 """Which implementation runs the steps of the hot path: ATen, or Triton where the tensors allow it."""
 
-from importlib.util import find_spec
 from typing import Protocol
 
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import aten, mode, reference
+from . import aten, reference
+from .mode import may_run_triton
 
 
 class Steps(Protocol):
@@ -26,18 +26,9 @@ class Steps(Protocol):
     def backward_A(self, x: Tensor, g: Tensor) -> Tensor: ...
 
 
-# There are platforms without a Triton wheel; looking for one here, not at the first step, imports nothing.
-_HAS_TRITON = find_spec("triton") is not None
-
-
-def interprets() -> bool:
-    """Whether the kernels are to run in the interpreter, whatever else would be the faster on a CPU."""
-    return mode.MODE == "interpret"
-
-
 def steps_for(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Steps:
     """Picks the steps for x [tokens, in]: Triton's on a GPU that has them, or under PEFTLIB_KERNELS=interpret."""
-    if _HAS_TRITON and (x.is_cuda or interprets()):
+    if may_run_triton(x):
         from . import triton_steps
 
         if triton_steps.supported(x, lora_A, lora_B):
@@ -48,7 +39,7 @@ def steps_for(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Steps:
 def traced_term(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> Tensor:
     """s·drop(x) Aᵀ Bᵀ for torch.compile: with dropout on a GPU the operator, which keeps x and a seed for backward,
     where a compiled plain form keeps the dropped x and its mask. Without dropout the plain form keeps no more."""
-    if dropout and is_compiling() and _HAS_TRITON and (x.is_cuda or interprets()):
+    if dropout and is_compiling() and may_run_triton(x):
         from . import triton_steps
 
         if triton_steps.supported(x, lora_A, lora_B):
