@@ -7,6 +7,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from . import reference
+from .apply import apply
 from .bottleneck_autograd import Bottleneck, Settings, Weights, bottleneck_forward, plain_form
 
 _DENSE = frozenset((Tensor, Parameter))
@@ -75,7 +76,7 @@ def bottleneck(
         return plain_form(x, weights, residual, settings)
     given = None if settings.adds_input else residual
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, given, *weights)):
-        return Bottleneck.apply(x, given, *weights, settings)  # pyright: ignore[reportReturnType]
+        return apply(Bottleneck, x, given, *weights, settings)
     return bottleneck_forward(x, given, weights, settings)[0]
 
 

@@ -44,7 +44,7 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> T
     with nullcontext() if weight.is_meta else without_autocast(weight):
         squares, projected = _passes_over(weight, lora_A)  # [..., out], [..., out, rank]
         cross = (projected * lora_B).sum(-1)
-        own = (lora_B @ (lora_A @ lora_A.mT) * lora_B).sum(-1)
+        own = (lora_B @ (lora_A @ lora_A.transpose(-2, -1)) * lora_B).sum(-1)
         return (squares + 2 * scale * cross + scale**2 * own).clamp_min(0).sqrt()
 
 
@@ -52,14 +52,15 @@ def _passes_over(weight: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
     """rowsum(W ⊙ W) and W Aᵀ, in the dtype of A."""
     if weight.dtype == lora_A.dtype or is_compiling() or _are_functorch_transforms_active():
         weight = weight.to(lora_A.dtype)
-        return torch.linalg.vector_norm(weight, dim=-1).square(), weight @ lora_A.mT
+        return torch.linalg.vector_norm(weight, dim=-1).square(), weight @ lora_A.transpose(-2, -1)
+    weight, lora_A = weight.detach(), lora_A.detach()  # indexing a parameter can deadlock beside other threads
     # Cast whole, a half-precision W would be a matrix of twice its size; in blocks a part of it is, for a moment.
     squares = weight.new_zeros(weight.shape[:-1], dtype=lora_A.dtype)
     projected = weight.new_zeros((*weight.shape[:-1], lora_A.shape[-2]), dtype=lora_A.dtype)
     for rows, columns in _blocks(weight):
         block = weight[..., rows, columns].to(lora_A.dtype)
         squares[..., rows] += block.square().sum(-1)
-        projected[..., rows, :] += block @ lora_A[..., columns].mT
+        projected[..., rows, :] += block @ lora_A[..., columns].transpose(-2, -1)
     return squares, projected
 
 

@@ -10,6 +10,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
+from .apply import apply
 from .aten import keep_mask
 from .dropout import draw_seed
 from .reference import survivors_scale
@@ -41,13 +42,17 @@ def dropped(of: Callable[..., Tensor], x: Tensor, *weights: Tensor, dropout: flo
         return of(x, *weights)
     if is_compiling() or _are_functorch_transforms_active():
         return of(F.dropout(x, dropout), *weights)
-    return _Dropped.apply(of, dropout, x, *weights)
+    seed = draw_seed(_planes(x))
+    if not torch.is_grad_enabled():
+        return of(x * _keep(x, dropout, seed), *weights)
+    return apply(_Dropped, of, dropout, seed, x, *weights)
 
 
 class _Dropped(Function):
     @staticmethod
-    def forward(ctx: Any, of: Callable[..., Tensor], dropout: float, x: Tensor, *weights: Tensor) -> Tensor:
-        seed = draw_seed(_planes(x))
+    def forward(
+        ctx: Any, of: Callable[..., Tensor], dropout: float, seed: Tensor, x: Tensor, *weights: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(seed, x, *weights)
         ctx.of, ctx.dropout, ctx.autocast = of, dropout, _autocast(x)
         return of(x * _keep(x, dropout, seed), *weights)
@@ -56,7 +61,7 @@ class _Dropped(Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         seed, *inputs = ctx.saved_tensors
         again = torch.is_grad_enabled()  # under create_graph the gradient is differentiated in its turn
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         if not again:
             inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, needed, strict=True)]
         x, *weights = inputs
@@ -64,7 +69,7 @@ class _Dropped(Function):
             y = ctx.of(x * _keep(x, ctx.dropout, seed), *weights)
         wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, grad_outputs, create_graph=again))
-        return None, None, *(next(found) if need else None for need in needed)
+        return None, None, None, *(next(found) if need else None for need in needed)
 
 
 def _autocast(x: Tensor) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 from torch.nn import functional as F
 
 from . import reference
+from .apply import apply
 from .aten import gemm_dtype
 from .dropout import draw_small
 from .lora_autograd import LoRAAdd, LoRALinear, add_forward, linear_forward
@@ -80,7 +81,7 @@ def lora_linear(
     # The mask must not depend on whether gradients flow: checkpointing runs a step once without them and once with.
     is_dense = _is_dense(x, weight, p)
     if flows:
-        return (DenseLoRA if is_dense else LoRALinear).apply(x, weight, bias, lora_A, lora_B, scale, p)
+        return apply(DenseLoRA if is_dense else LoRALinear, x, weight, bias, lora_A, lora_B, scale, p)
     return (dense_forward if is_dense else linear_forward)(x, weight, bias, lora_A, lora_B, scale, p)[0]
 
 
@@ -129,7 +130,7 @@ def lora_add(
     if _is_small(x, y.shape[-1], p) and x.dtype == y.dtype and y.is_contiguous():
         return _small(y, x, lora_A, lora_B, scale, p)
     if torch.is_grad_enabled() and _needs_gradient(y, x, None, lora_A, lora_B):
-        return LoRAAdd.apply(y, x, lora_A, lora_B, scale, p)
+        return apply(LoRAAdd, y, x, lora_A, lora_B, scale, p)
     return add_forward(y, x, lora_A, lora_B, scale, p)[0]
 
 

@@ -95,7 +95,7 @@ def _weight(host: Any) -> Tensor:
         columns = weight[:, start : start + _ROWS]
         rows = torch.zeros(columns.shape[1], host.in_features, dtype=dtype, device=weight.device)
         rows[:, start:].fill_diagonal_(1)
-        columns.copy_(forward(bare, rows).T)
+        columns.copy_(forward(bare, rows).t())
     return weight
 
 

@@ -40,8 +40,8 @@ class Columns(Form):
     """[in, out]: HF Conv1D."""
 
     shapes = staticmethod(lambda shape, r: ((r, shape[0]), (shape[1], r)))
-    matrix = staticmethod(lambda weight: weight.T)
-    weight = staticmethod(lambda matrix, shape: matrix.T)
+    matrix = staticmethod(lambda weight: weight.t())
+    weight = staticmethod(lambda matrix, shape: matrix.t())
     pair = staticmethod(lambda A, B: (A, B))
 
 
@@ -55,9 +55,9 @@ class TransposedKernel(Form):
     """[in, out/groups, *kernel]: ConvTransposeNd."""
 
     shapes = staticmethod(lambda shape, r: ((r, shape[0], *[1] * (len(shape) - 2)), (r, *shape[1:])))
-    matrix = staticmethod(lambda weight: weight.flatten(1).T)
-    weight = staticmethod(lambda matrix, shape: matrix.T.reshape(shape))
-    pair = staticmethod(lambda A, B: (A.flatten(1), B.flatten(1).T))
+    matrix = staticmethod(lambda weight: weight.flatten(1).t())
+    weight = staticmethod(lambda matrix, shape: matrix.t().reshape(shape))
+    pair = staticmethod(lambda A, B: (A.flatten(1), B.flatten(1).t()))
 
 
 class Stack(Form):
@@ -168,7 +168,7 @@ def _convolve(x: Tensor, weight: Tensor, groups: int) -> Tensor:
 
 
 def embedding_term(host: Any, A: Tensor, B: Tensor, input: Tensor) -> Tensor:
-    term = F.linear(F.embedding(input, A.T, host.padding_idx), B)
+    term = F.linear(F.embedding(input, A.t(), host.padding_idx), B)
     if host.padding_idx is None:
         return term
     return torch.where((input == host.padding_idx).unsqueeze(-1), term.detach(), term)  # as W's row, it does not learn
@@ -180,7 +180,7 @@ def _bag_term(
     if per_sample_weights is not None:
         per_sample_weights = per_sample_weights.to(A.dtype)
     h = F.embedding_bag(
-        input, A.T.contiguous(), offsets, mode=host.mode, per_sample_weights=per_sample_weights,
+        input, A.t().contiguous(), offsets, mode=host.mode, per_sample_weights=per_sample_weights,
         include_last_offset=host.include_last_offset, padding_idx=host.padding_idx,
     )  # fmt: skip
     return F.linear(h, B)

@@ -145,10 +145,10 @@ class StackedAcross(Stacked):
     def read(self, A: Tensor, B: Tensor) -> Pair:
         experts, inputs, out = self.shape
         as_A = B.reshape(out, -1, experts).permute(2, 1, 0)  # [experts, rank, out]
-        return as_A.contiguous(), A.reshape(experts, -1, inputs).mT.contiguous()
+        return as_A.contiguous(), A.reshape(experts, -1, inputs).transpose(1, 2).contiguous()
 
     def write(self, A: Tensor, B: Tensor) -> Pair:
-        return B.mT.flatten(0, 1).contiguous(), A.permute(2, 1, 0).flatten(1).contiguous()
+        return B.transpose(1, 2).flatten(0, 1).contiguous(), A.permute(2, 1, 0).flatten(1).contiguous()
 
 
 def magnitude_shape(layout: Layout, host: nn.Module, param: str) -> Shape:

@@ -140,9 +140,9 @@ class DoRA(LoRA):
     def _over_rows(self, host: Any, vector: Tensor) -> Tensor:
         """One value for each output, laid out to multiply the matrix."""
         if self.form is not TransposedKernel:
-            return vector[..., None]
+            return vector.unsqueeze(-1)
         taps, inputs = math.prod(host.kernel_size), host.in_channels // host.groups
-        by_group = vector.view(host.groups, -1).T  # [out/groups, groups]
+        by_group = vector.view(host.groups, -1).t()  # [out/groups, groups]
         return by_group.repeat_interleave(taps, 0).repeat_interleave(inputs, 1)
 
 

@@ -93,13 +93,13 @@ def _beside(host: Any, on: str, factor: Tensor, weight: Tensor) -> Tensor:
     if isinstance(host, _NORMS):
         return factor
     if isinstance(host, _LOOKUPS) or (is_transposed_linear(host) and on == "output"):
-        return factor[None, :]
+        return factor.unsqueeze(0)
     if isinstance(host, _TRANSPOSED) and on == "output":  # [in, out/groups, *kernel], a group's inputs together
         return _of_groups(host, factor, weight.shape[0])
     if isinstance(host, _CONVS) and on == "input":  # [out, in/groups, *kernel], a group's outputs together
         return _of_groups(host, factor, weight.shape[0])
     if isinstance(host, nn.Linear) and on == "input":
-        return factor[None, :]
+        return factor.unsqueeze(0)
     return factor.view(-1, 1, *behind)
 
 
@@ -110,7 +110,7 @@ def _of_groups(host: Any, factor: Tensor, rows: int) -> Tensor:
 
 
 def _fold_attention(host: nn.MultiheadAttention, factor: Tensor) -> dict[str, Tensor]:
-    rows = torch.cat([torch.ones_like(factor[: host.embed_dim]), factor])  # of queries, keys and values
+    rows = torch.cat([factor.new_ones(host.embed_dim), factor])  # of queries, keys and values
     folded: dict[str, Tensor] = {}
     if host.in_proj_weight is not None:
         folded["in_proj_weight"] = host.in_proj_weight * rows[:, None]

@@ -124,7 +124,7 @@ class LoRA(Adapter):
         if self.init == "pissa":
             self._start_from_principal(host, flat_A, flat_B)
             return
-        drawn, zero = (flat_B.mT, flat_A) if self.form.looks_up else (flat_A, flat_B)
+        drawn, zero = (flat_B.transpose(-2, -1), flat_A) if self.form.looks_up else (flat_A, flat_B)
         drawn.copy_(_draw(drawn.shape, self.init))
         zero.zero_()
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # A line may import from the lines above it. Files on one line do not know each other.
 LAYERS = [
-    "kernels.reference kernels.philox kernels.dropout kernels.segments kernels.mode",
+    "kernels.reference kernels.philox kernels.dropout kernels.segments kernels.mode kernels.apply",
     "kernels.aten kernels.tiles kernels.twins",
     "kernels.triton_interpret kernels.triton_mask kernels.triton_planes",
     "kernels.triton_expand kernels.triton_grouped kernels.triton_shrink",
@@ -140,6 +140,17 @@ def test_a_wrong_arrow_would_be_seen(monkeypatch):
 def test_kernels_know_nothing_of_the_rest(name):
     if name.startswith("kernels"):
         assert all(other.startswith("kernels") for other in own_imports(name))
+
+
+def test_no_parameter_is_touched_in_a_way_that_can_deadlock_beside_other_threads():
+    """Indexing can too, and cannot be seen here: `test_threads.py` runs it."""
+    attributes = {
+        name: {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        for name, tree in TREES.items()
+        if not name.startswith("kernels.triton")
+    }
+    assert {name for name, found in attributes.items() if "apply" in found} == {"kernels.apply"}
+    assert {name for name, found in attributes.items() if found & {"T", "mT", "H", "mH"}} == set()
 
 
 def test_only_the_host_writes_a_class():

@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -244,3 +246,44 @@ def test_a_view_that_is_made_while_the_model_runs_is_whole():
             done.set()
 
     together(runs, looks)
+
+
+BESIDE = """
+import threading, time, torch, peftlib
+from torch import nn
+torch.set_num_threads(1)
+model, x = nn.Sequential({host}), torch.randn(2, 4, 8)
+peftlib.inject(model, "0", peftlib.{kind})
+if {host!r}.startswith("nn.Multihead"):
+    call = lambda: model[0](x, x, x)
+else:
+    call = lambda: model(x.to(model[0].weight.dtype))
+end = time.monotonic() + 2
+def run():
+    while time.monotonic() < end:
+        call()
+def read():
+    while time.monotonic() < end:
+        for parameter in peftlib.parameters(model):
+            parameter * 2
+threads = [threading.Thread(target=work) for work in (run, read)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+@pytest.mark.parametrize(
+    ("host", "kind"),
+    [
+        ("nn.Linear(8, 8)", "LoRA"),
+        ("nn.Linear(8, 8).bfloat16()", "DoRA"),
+        ("nn.Conv1d(4, 8, 3)", "LoRA, dropout=0.5"),
+        ("nn.LayerNorm(8)", "Bottleneck, width=2"),
+        ("nn.MultiheadAttention(8, 2)", "IA3"),
+    ],
+)
+def test_a_thread_that_reads_the_same_parameters_does_not_stop_it_for_ever(host, kind):
+    """torch 2.13 can: see `kernels/apply.py`. A stopped process holds the GIL, so it is another one."""
+    subprocess.run([sys.executable, "-c", BESIDE.format(host=host, kind=kind)], check=True, timeout=120)
