@@ -47,7 +47,8 @@ TESTS = [
         "fingerprint",
         "crash",
     ),
-    *("targets", "full_rows", "verify", "threads", "evil_files", "ecosystem_torch", "all_or_nothing", "laws"),
+    *("targets", "full_rows", "verify", "threads", "evil_files", "ecosystem_torch", "dequantise"),
+    *("ecosystem_quantised", "all_or_nothing", "laws"),
 ]
 PYTEST = [
     *("-p", "no:cacheprovider", "--capture=no", "-qq", "--no-header", "--no-summary", "-m", "not slow"),
@@ -61,6 +62,8 @@ PARTS = {
     "test_evil_files": r"forged_file|lie_in_the_file",
     "test_ecosystem_torch": r"checkpoint|hooks_run|load_after|forward_mode|functional_call|vmap",
     "test_crash": r"could_not_be_loaded",
+    "test_dequantise": r"refusal|hooks_mode_and_flags|nothing_of_the_library|is_folded",
+    "test_ecosystem_quantised": r"refuses_in_words",
 }
 # After so many seconds a child waits for what never comes; an endless loop ends sooner, by its use of the processor.
 PATIENCE = 900

@@ -253,11 +253,18 @@ def test_after_a_failure_the_output_is_the_same_to_the_bit():
         assert torch.equal(model[1](model[0](X)), expected)
 
 
-def with_own_forward() -> Any:
+def with_own_forward(name: str) -> Any:
     """As accelerate's hooks do."""
-    model = BASES[0].of(chain())
-    model[0].forward = model[0].forward
-    peftlib.inject(model, "0", LoRA)
+    model: Any = BASES[0].of(chain()) if name else BASES[0].pack(nn.Linear(WIDTH, 3)).requires_grad_(False)
+    host = model.get_submodule(name)
+    host.forward = host.forward
+    peftlib.inject(model, lambda found, _: found == name, LoRA)
+    return model
+
+
+def with_class_above() -> Any:
+    model = adapted()
+    model[2].__class__ = type("Foreign", (type(model[2]),), {})
     return model
 
 
@@ -283,8 +290,13 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
     "merged already": (merged_already, dequantised, r"^eject: default is merged into the base\. Call unmerge first\.$"),
     "no weight form": (lambda: adapted(kind=Bottleneck), dequantised, r"a Bottleneck on 0, which has no weight form"),
     "a forward of its own": (
-        with_own_forward, dequantised, r"^0: a forward was put on this Linear itself before inject, .* load it again\.",
+        lambda: with_own_forward("0"), dequantised,
+        r"^0: a forward was put on this Linear itself before inject, .* load it again\.",
     ),
+    "a forward of its own, on the root": (
+        lambda: with_own_forward(""), dequantised, r"^the root: a forward was put on this Linear itself before inject",
+    ),
+    "a class above": (with_class_above, dequantised, r"^2: Foreign was put above the adapted Linear after inject\."),
     "not finite": (with_nan, dequantised, r'^cannot merge "default" into 2: lora_A holds NaN or infinity'),
 }  # fmt: skip
 

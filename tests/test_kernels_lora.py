@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import peftlib
@@ -77,6 +78,7 @@ def assert_close_to_dense(got, tensors, gradient, keep=None, dropout=0.0, wanted
     # Numbers below the smallest normal one of the dtype round by an absolute amount.
     floor = torch.finfo(dtype).tiny
     for name, value, right, bound in zip(("y", *wanted), got, expected, magnitude, strict=False):
+        assert value.shape == right.shape, name
         excess = (value.double() - right).abs() - tolerance * bound - floor
         assert (excess <= 0).all(), f"{name}: {excess.max():.3g} over the bound"
 
@@ -248,6 +250,28 @@ def test_one_token_with_zero_lora_B_gives_the_bits_of_the_base_at_every_size(dty
         alike for (_, kind, without_bias, _), alike in paths._ALIKE.items() if (kind, without_bias) == (dtype, not bias)
     ]
     assert asked, "no product with a vector was asked for, so this shows nothing"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("leading", [(), (1,), (1, 1), (1, 1, 1)])
+def test_one_token_equals_the_dense_form(leading, dtype, transposed):
+    """As products with a vector where they serve, and where they do not."""
+    tensors, gradient = problem(leading, dtype=dtype)
+    if transposed:
+        tensors["weight"] = tensors["weight"].t().contiguous().t()
+    with torch.no_grad():
+        y = lora_linear(**tensors, scale=SCALE)
+    assert_close_to_dense([y], tensors, gradient)
+
+
+def test_asking_the_machine_how_it_multiplies_draws_nothing_from_torchs_generator(monkeypatch):
+    monkeypatch.setattr(paths, "_ALIKE", {})
+    before = torch.get_rng_state()
+    tensors, _ = problem((1,))
+    lora_linear(**tensors, scale=SCALE)
+    assert paths._ALIKE
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def assert_bits_of_base(tensors, dropout):
@@ -525,6 +549,40 @@ def test_autocast_gives_the_dtype_and_at_init_the_bits_of_the_base(leading, drop
     half = {name: tensor.bfloat16() for name, tensor in tensors.items()}
     # The factors are rounded once more than in a bfloat16 problem, by the cast of float32 inputs.
     assert_close_to_dense(got, half, gradient.bfloat16(), keep, dropout)
+
+
+def test_one_token_under_autocast_has_the_dtype_of_the_base():
+    tensors, gradient = problem((1, 1))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(**tensors, scale=SCALE)
+    assert y.dtype == torch.bfloat16
+    assert_close_to_dense([y], {name: tensor.bfloat16() for name, tensor in tensors.items()}, gradient.bfloat16())
+
+
+class Made(TorchDispatchMode):
+    """Notes the shapes of all tensors that operations give."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.shapes |= {tuple(each.shape) for each in tree_leaves(made) if isinstance(each, Tensor)}
+        return made
+
+
+@pytest.mark.parametrize("wanted", [some for count in (1, 2, 3) for some in itertools.combinations(ALL, count)])
+def test_no_gradient_is_made_that_nobody_asked_for(wanted, route):
+    tensors, gradient = problem((6,), features=5, out=7, rank=2)
+    leaves = {name: tensor.requires_grad_(name in wanted) for name, tensor in tensors.items()}
+    y = lora_linear(**leaves, scale=SCALE)
+    with Made() as made:
+        y.backward(gradient)
+    shapes = {"x": (6, 5), "weight": (7, 5), "bias": (7,), "lora_A": (2, 5), "lora_B": (2, 7)}
+    if route == "steps":
+        del shapes["lora_B"]  # they make s·Bᵀ, which is of that shape
+    assert {name for name, shape in shapes.items() if shape in made.shapes} == set(wanted) & set(shapes)
 
 
 def test_autocast_keeps_x_itself_and_no_cast_copy():

@@ -501,10 +501,12 @@ def test_one_factor_is_drawn_and_the_other_is_zero(init):
 
 def test_kaiming_is_uniform_within_one_over_root_of_fan_in():
     _, adapter = begun("kaiming", rank=32)
+    _, lookup = begun("kaiming", lambda: nn.Embedding(50, 64), rank=32)
     bound = 1 / math.sqrt(64)
-    assert adapter.lora_A.abs().max() <= bound
-    # The standard deviation of 2,048 draws strays from bound / √3 by 1 % (√(0.2 / 2048)): five times that is allowed.
-    assert adapter.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    for drawn in (adapter.lora_A, lookup.lora_B):
+        assert drawn.abs().max() <= bound
+        # The standard deviation of 2,048 draws strays from bound / √3 by 1 % (√(0.2 / 2048)): five times is allowed.
+        assert drawn.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
 def test_gaussian_has_standard_deviation_one_over_rank():
