@@ -1,6 +1,6 @@
 """An autograd function beside other threads."""
 
-from threading import active_count
+from _thread import _count as threads_beside_the_first  # threading.active_count takes a lock
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ def apply(function: type[Function], *arguments: Any) -> Any:
     the node lives already nobody waits for the GIL, and a view of the parameter keeps it alive: 1 µs each. For where
     gradients flow; elsewhere nothing needs a function.
     """
-    if active_count() == 1:
+    if not threads_beside_the_first():
         return function.apply(*arguments)
     views = [each.view_as(each) for each in arguments if isinstance(each, Tensor) and _is_trained_leaf(each)]
     result = function.apply(*arguments)
