@@ -14,7 +14,6 @@ import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 AT_LEAST = 2e-3  # seconds a measurement: a clock's resolution and a call's jitter are then below a percent
-
 TOGETHER = 4.0  # seconds of all rounds
 
 Run = Callable[[], Any]

@@ -11,7 +11,7 @@ from .triton_interpret import interpret
 
 def launches(x: Tensor) -> bool:
     """Whether kernels, rather than their twins in PyTorch, work on `x`: PEFTLIB_KERNELS is 0, 1 or interpret."""
-    return x.is_cuda if mode.MODE == "1" else mode.MODE == "interpret" and x.device.type == "cpu"
+    return x.is_cuda if mode.MODE == "1" else mode.interprets() and x.device.type == "cpu"
 
 
 def launch(
