@@ -15,6 +15,7 @@ import torch
 ROOT = pathlib.Path(__file__).parent.parent
 AT_LEAST = 2e-3  # seconds a measurement: a clock's resolution and a call's jitter are then below a percent
 TOGETHER = 4.0  # seconds of all rounds
+SHORT = 5e-2  # seconds of a call: a longer one does not feel with what the caches were filled before
 
 Run = Callable[[], Any]
 Contest = Callable[..., None]
@@ -42,12 +43,13 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
     def hold(row: str, runs: dict[str, Run], *, tests: str, rounds: int | None = None, note: str = "") -> None:
         if not proven(tests):
             pytest.fail(f"{tests}: red, so the speed of this op says nothing. Mend it first.")
-        loops = {name: _loops(run) for name, run in runs.items()}
+        took = {name: _seconds(run) for name, run in runs.items()}
+        loops = {name: max(1, round(AT_LEAST / seconds)) for name, seconds in took.items()}
         best = dict.fromkeys(runs, float("inf"))
         repeats = rounds is None  # else a call may use up what the next one needs
 
         def measure(name: str) -> None:
-            if repeats:
+            if repeats and took[name] < SHORT:
                 runs[name]()  # the caches are full of the contender before
             started = time.perf_counter()
             for _ in range(loops[name]):
@@ -73,11 +75,11 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
     return hold
 
 
-def _loops(run: Run) -> int:
+def _seconds(run: Run) -> float:
     run()  # warm
     started = time.perf_counter()
     run()
-    return max(1, round(AT_LEAST / max(1e-7, time.perf_counter() - started)))
+    return max(1e-7, time.perf_counter() - started)
 
 
 @pytest.fixture

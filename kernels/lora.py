@@ -76,7 +76,7 @@ def lora_linear(
         y = F.linear(x, weight, bias)
         return y + traced_term(x.to(y.dtype), lora_A, lora_B, scale, p)
     flows = torch.is_grad_enabled() and _needs_gradient(x, weight, bias, lora_A, lora_B)
-    if not flows and not p and x.numel() == x.size(-1) > 0:
+    if not flows and not p and x.numel() == x.shape[-1] > 0:
         return _one_token(x, weight, bias, lora_A, lora_B, scale)
     # The mask must not depend on whether gradients flow: checkpointing runs a step once without them and once with.
     is_dense = _is_dense(x, weight, p)
@@ -182,10 +182,11 @@ def _multiplies_alike(weight: Tensor, bias: Tensor | None) -> bool:
 
     Half precision would round most of the differences away, and show one later."""
     key = weight.shape, weight.dtype, bias is None, torch.get_num_threads()
-    if key not in _ALIKE:
+    alike = _ALIKE.get(key)
+    if alike is None:
         asked = weight.numel() <= _LARGEST_ASKED and weight.element_size() >= 4
-        _ALIKE[key] = asked and all(_rows_agree(weight.detach().contiguous(), bias))
-    return _ALIKE[key] and weight.is_contiguous()
+        alike = _ALIKE[key] = asked and all(_rows_agree(weight.detach().contiguous(), bias))
+    return alike and weight.is_contiguous()
 
 
 def _rows_agree(weight: Tensor, bias: Tensor | None) -> Iterator[bool]:

@@ -64,7 +64,7 @@ def dense_forward(
     y = F.linear(x, weight, bias)  # not of x2: a result that is a view costs autograd 10 µs more
     if dropout:
         keep, scale = draw_small(x2, dropout), scale * survivors_scale(dropout)
-        x2 = x2 * keep.to(x.dtype)
+        x2 = x2 * keep
     h = torch.mm(x2, _as(x, lora_A).t())
     _flat(y).addmm_(h, _as(x, lora_B).t(), alpha=scale)
     return y, h, keep
@@ -80,8 +80,10 @@ def _backward(ctx: Any, dY: Tensor) -> Gradients:
     dX = dW = dA = dB = None
     g = torch.mm(dY, lora_B) if needs_x or needs_A else dY
     if needs_x:
-        dX = torch.mm(g, lora_A)
-        dX = (dX if keep is None else dX.mul_(keep)).addmm_(dY, weight, beta=scale)
+        if keep is None:  # the thin product on top: 512×2048 that way round take 6.6 ms, the other 6.8
+            dX = torch.mm(dY, weight).addmm_(g, lora_A, alpha=scale)
+        else:
+            dX = torch.mm(g, lora_A).mul_(keep).addmm_(dY, weight, beta=scale)
         dX = dX if len(ctx.x_shape) == 2 else dX.view(ctx.x_shape)
     if needs_A and x2 is not None:
         dA = torch.addmm(lora_A, g.t(), x2 if keep is None else x2 * keep, beta=0, alpha=scale)
