@@ -62,11 +62,11 @@ def contest(benchmark: Any, request: pytest.FixtureRequest) -> Contest:
                     measure(name)
 
         def enough() -> int:
-            """The minimum of a few short runs is their noise: as many rounds as take some seconds, 15 at least."""
+            """The minimum of a few runs is their noise: as many rounds as take some seconds, 30 at least."""
             started = time.perf_counter()
             others()
             measure("peftlib")
-            return max(15, round(TOGETHER / (time.perf_counter() - started)))
+            return max(30, round(TOGETHER / (time.perf_counter() - started)))
 
         benchmark.group = request.module.__doc__.split("\n")[0]
         benchmark.pedantic(measure, args=("peftlib",), setup=others, rounds=rounds or enough(), iterations=1)

@@ -44,7 +44,7 @@ def dropped(of: Callable[..., Tensor], x: Tensor, *weights: Tensor, dropout: flo
         return of(F.dropout(x, dropout), *weights)
     seed = draw_seed(_planes(x))
     if not torch.is_grad_enabled():
-        return of(x * _keep(x, dropout, seed), *weights)
+        return _of_dropped(of, dropout, seed, x, *weights)
     return apply(_Dropped, of, dropout, seed, x, *weights)
 
 
@@ -55,7 +55,7 @@ class _Dropped(Function):
     ) -> Tensor:
         ctx.save_for_backward(seed, x, *weights)
         ctx.of, ctx.dropout, ctx.autocast = of, dropout, _autocast(x)
-        return of(x * _keep(x, dropout, seed), *weights)
+        return _of_dropped(of, dropout, seed, x, *weights)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -64,9 +64,8 @@ class _Dropped(Function):
         needed = ctx.needs_input_grad[3:]
         if not again:
             inputs = [tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, needed, strict=True)]
-        x, *weights = inputs
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            y = ctx.of(x * _keep(x, ctx.dropout, seed), *weights)
+            y = _of_dropped(ctx.of, ctx.dropout, seed, *inputs)
         wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, grad_outputs, create_graph=again))
         return None, None, None, *(next(found) if need else None for need in needed)
@@ -78,8 +77,9 @@ def _autocast(x: Tensor) -> dict[str, Any]:
     return {"device_type": device, "enabled": enabled, "dtype": torch.get_autocast_dtype(device)}
 
 
-def _keep(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    return keep_mask(_planes(x), dropout, seed).mul_(survivors_scale(dropout)).view(x.shape)
+def _of_dropped(of: Callable[..., Tensor], dropout: float, seed: Tensor, x: Tensor, *weights: Tensor) -> Tensor:
+    keep = keep_mask(_planes(x), dropout, seed).mul_(survivors_scale(dropout)).view(x.shape)
+    return of(x * keep, *weights)
 
 
 def _planes(x: Tensor) -> Tensor:

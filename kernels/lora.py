@@ -182,11 +182,10 @@ def _multiplies_alike(weight: Tensor, bias: Tensor | None) -> bool:
 
     Half precision would round most of the differences away, and show one later."""
     key = weight.shape, weight.dtype, bias is None, torch.get_num_threads()
-    alike = _ALIKE.get(key)
-    if alike is None:
+    if key not in _ALIKE:
         asked = weight.numel() <= _LARGEST_ASKED and weight.element_size() >= 4
-        alike = _ALIKE[key] = asked and all(_rows_agree(weight.detach().contiguous(), bias))
-    return alike and weight.is_contiguous()
+        _ALIKE[key] = asked and all(_rows_agree(weight.detach().contiguous(), bias))
+    return _ALIKE[key] and weight.is_contiguous()
 
 
 def _rows_agree(weight: Tensor, bias: Tensor | None) -> Iterator[bool]:

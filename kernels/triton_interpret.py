@@ -81,7 +81,6 @@ def _up(handle: TensorHandle) -> TensorHandle:
 
 
 _binary_op, _cast, _dot = InterpreterBuilder.binary_op, InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-_fp_to_fp = InterpreterBuilder.create_fp_to_fp
 
 
 def _bfloat16_binary_op(self, left, right, op):
@@ -97,12 +96,6 @@ def _bfloat16_cast(self, source, target):
     return _cast(self, _up(source), target)
 
 
-def _bfloat16_fp_to_fp(self, source, target, rounding_mode):
-    if _is_bfloat16(source) or target.scalar == tl.bfloat16:
-        return _bfloat16_cast(self, source, target)
-    return _fp_to_fp(self, source, target, rounding_mode)
-
-
 def _bfloat16_dot(self, a, b, *rest):
     return _dot(self, _up(a), _up(b), *rest)
 
@@ -110,6 +103,5 @@ def _bfloat16_dot(self, a, b, *rest):
 _BFLOAT16 = {
     "binary_op": _bfloat16_binary_op,
     "cast_impl": _bfloat16_cast,
-    "create_fp_to_fp": _bfloat16_fp_to_fp,
     "create_dot": _bfloat16_dot,
 }

@@ -151,8 +151,9 @@ class LoRA(Adapter):
     def forward(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
         if self.kernel is lora_linear and runs_bare(host, call):
             (x,) = args or kwargs.values()
-            pair, own = tensors_of(host, "weight", "bias"), tensors_of(self, "lora_A", "lora_B")
-            return lora_linear(x, *pair, *own, self.scale, self.dropout, self.training)
+            weight, bias = tensors_of(host, "weight", "bias")
+            lora_A, lora_B = tensors_of(self, "lora_A", "lora_B")
+            return lora_linear(x, weight, bias, lora_A, lora_B, self.scale, self.dropout, self.training)
         if self.term is None:
             return super().forward(host, call, *args, **kwargs)
         joined = self._joined(host, call)
