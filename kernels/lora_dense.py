@@ -65,7 +65,7 @@ def dense_forward(
     if dropout:
         keep, scale = draw_small(x2, dropout), scale * survivors_scale(dropout)
         x2 = x2 * keep
-    h = torch.mm(x2, _as(x, lora_A).t())
+    h = F.linear(x2, _as(x, lora_A))
     _flat(y).addmm_(h, _as(x, lora_B).t(), alpha=scale)
     return y, h, keep
 
