@@ -57,9 +57,17 @@ LAYERS = [
 ]
 RUN_TIME_DEPENDENCIES = {"torch", "safetensors", "numpy", "einops", "triton"}
 
+
+def _named(folder: Path) -> dict[str, Path]:
+    """Sources by dotted name below the folder, a package by its own; what a link points to is no part of it."""
+    paths = [path for path in folder.rglob("*.py") if path.resolve().is_relative_to(folder.resolve())]
+    names = {path: ".".join(path.relative_to(folder).with_suffix("").parts) for path in paths}
+    return {name if name == "__init__" else name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
 SOURCES = {
-    **{f"kernels.{p.stem}".removesuffix(".__init__"): p for p in (ROOT / "kernels").glob("*.py")},
-    **{p.stem: p for p in (ROOT / "peftlib").glob("*.py")},
+    **{f"kernels.{name}".removesuffix(".__init__"): path for name, path in _named(ROOT / "kernels").items()},
+    **_named(ROOT / "peftlib"),
 }
 TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in SOURCES.items()}
 every_source = pytest.mark.parametrize("name", sorted(SOURCES))
@@ -75,8 +83,9 @@ def run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def absolute(name: str, node: ast.ImportFrom) -> str:
-    """`from ._host import x` in `_model` -> `peftlib._host`."""
-    package = ["peftlib", "kernels"] if name.startswith("kernels") else ["peftlib"]
+    """`from ..kinds import x` in `files.header` -> `peftlib.kinds`."""
+    module = ["peftlib", *([] if name == "__init__" else name.split("."))]
+    package = module if SOURCES[name].name == "__init__.py" else module[:-1]
     base = package[: len(package) - node.level + 1] if node.level else []
     return ".".join([*base, *filter(None, [node.module])])
 
