@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._core.walk import adapters, require
 from ._errors import AdapterError
 from ._exchange_keys import DIALECTS, Dialect, keys_of
 from ._exchange_read import opened_source, parts_of
@@ -14,7 +15,6 @@ from ._header import some
 from ._hf_parts import Part, install_parts
 from ._hf_write import lora_files
 from ._io import require_values
-from ._walk import adapters, require
 
 _WRITERS = {"kohya": as_kohya, "diffusers": as_diffusers}
 

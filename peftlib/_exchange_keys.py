@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ._core.walk import candidates
 from ._errors import AdapterError
 from ._header import shown
 from ._hf_layouts import Looked
 from ._hf_read import MAGNITUDE
-from ._walk import candidates
 
 A, B = "lora_A.weight", "lora_B.weight"
 ALPHA = "alpha"

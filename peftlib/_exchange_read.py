@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._core.walk import candidates
 from ._errors import AdapterError
 from ._exchange_keys import ALPHA, METADATA, A, Key, peft_name
 from ._file import Path, listed, opened, read_tensor
@@ -19,7 +20,6 @@ from ._hf_parts import Part
 from ._hf_read import MAGNITUDE, lora_parts
 from ._hf_sites import PREFIX
 from ._hf_tensors import FileTensors
-from ._walk import candidates
 
 
 class Source(NamedTuple):

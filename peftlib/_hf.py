@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._core.walk import adapters, require
 from ._errors import AdapterError
 from ._file import Path, listed, opened, read_tensor, replacing, write_tensors
 from ._hf_config import NAME, Config, checked, read_config, written
@@ -19,7 +20,6 @@ from ._hf_read import lora_parts
 from ._hf_tensors import FileTensors
 from ._hf_write import lora_files
 from ._io import require_values
-from ._walk import adapters, require
 from .ia3 import IA3
 from .prefix import Prefix
 from .prompt import Prompt

@@ -4,12 +4,12 @@ import itertools
 
 from torch import Tensor, nn
 
-from ._adapter import Adapter, owner_of, weight_of
+from ._core.adapter import Adapter, owner_of, weight_of
+from ._core.walk import candidates
 from ._errors import AdapterError
 from ._hf_config import Config
 from ._hf_match import modules_kept
 from ._hf_sites import PREFIX, Sites
-from ._walk import candidates
 from .full import Full
 from .lora import LoRA
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ._core.walk import candidates
 from ._errors import AdapterError
 from ._hf_config import Config
 from ._hf_layouts import magnitude_shape
@@ -12,7 +13,6 @@ from ._hf_parts import Part
 from ._hf_read import fresh_copy, keywords_of, require_known_start
 from ._hf_sites import Site, Sites, sites_of
 from ._hf_tokens import token_parts
-from ._walk import candidates
 from .dora import DoRA
 from .lora import LoRA
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ._core.foreign import reader_of
+from ._core.walk import candidates
 from ._errors import AdapterError
 from ._forms import is_transposed_linear, term_of
 from ._hf_config import Config
@@ -16,8 +18,6 @@ from ._hf_read import fresh_copy, kept_parts
 from ._hf_refusals import class_of
 from ._hf_sites import PREFIX, Sites
 from ._hf_tensors import FileTensors
-from ._readers import reader_of
-from ._walk import candidates
 from .full import Full
 from .ia3 import IA3
 

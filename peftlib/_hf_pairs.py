@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._adapter import owner_of
+from ._core.adapter import owner_of
 from ._errors import AdapterError
 from ._forms import is_transposed_linear, term_of
 from ._hf_config import Config, plain

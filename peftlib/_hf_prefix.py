@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._core.host import base_type
+from ._core.walk import candidates
 from ._errors import AdapterError
 from ._hf_config import Config
 from ._hf_copies import Found, Tensors
 from ._hf_parts import Part
 from ._hf_refusals import class_of
 from ._hf_tensors import FileTensors
-from ._host import base_type
-from ._walk import candidates
 from .prefix import Prefix
 
 KEY = "prompt_embeddings"

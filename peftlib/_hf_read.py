@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._adapter import weight_of
+from ._core.adapter import weight_of
+from ._core.foreign import reader_of
+from ._core.walk import candidates
 from ._errors import AdapterError
 from ._forms import term_of
 from ._hf_config import Config
@@ -17,8 +19,6 @@ from ._hf_parts import Part
 from ._hf_sites import PREFIX, Site, Sites, sites_of
 from ._hf_tensors import FileTensors
 from ._hf_tokens import token_parts
-from ._readers import reader_of
-from ._walk import candidates
 from .dora import DoRA
 from .full import Full
 from .lora import LoRA

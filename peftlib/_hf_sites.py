@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ._core.foreign import reader_of
+from ._core.walk import candidates
 from ._errors import AdapterError
 from ._hf_config import Config
 from ._hf_layouts import Layout, layout_of
 from ._hf_match import modules_named, parameters_named, pattern_value
 from ._hf_refusals import class_of
-from ._readers import reader_of
-from ._walk import candidates
 
 PREFIX = "base_model.model."
 _INSIDE = ".base_layer"

@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._adapter import Adapter
+from ._core.adapter import Adapter
+from ._core.walk import candidates
 from ._errors import AdapterError
 from ._hf_config import Config
 from ._hf_parts import Part
 from ._hf_sites import PREFIX, Sites
 from ._hf_tensors import FileTensors
-from ._walk import candidates
 from .full import Full
 
 _SUFFIX = "token_adapter.trainable_tokens_delta"

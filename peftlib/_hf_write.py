@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._adapter import Adapter, weight_of
+from ._core.adapter import Adapter, weight_of
+from ._core.walk import candidates
 from ._errors import AdapterError
 from ._hf_config import Config
 from ._hf_copies import Copies, Found, Own, Tensors, copies_of, kept_tensors, require_exactly_kept
@@ -14,7 +15,6 @@ from ._hf_pairs import Pair, described, pair_of, served
 from ._hf_read import MAGNITUDE
 from ._hf_sites import PREFIX, Sites, sites_of
 from ._hf_tokens import rows_of, token_config, token_tensors
-from ._walk import candidates
 from .dora import DoRA
 from .full import Full
 from .lora import LoRA

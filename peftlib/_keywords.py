@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ._adapter import Adapter
+from ._core.adapter import Adapter
 from ._errors import AdapterError
 
 _LISTS = (list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._core.targets import Targets, select
 from ._errors import AdapterError
-from ._select import Targets, select
 from ._stacks import by_stacks
 
 # What a schedule governs trains sooner or later, frozen or not at the moment. The value is a weak reference to it.

@@ -5,7 +5,7 @@ from itertools import takewhile
 
 from torch import nn
 
-from ._adapter import Adapter
+from ._core.adapter import Adapter
 from ._errors import AdapterError
 
 

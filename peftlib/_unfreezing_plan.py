@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from ._core.table import table
 from ._layer_groups import LayerGroup
-from ._table import table
 
 
 class Plan:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._adapter import Adapter, trainable_dtype
+from ._core.adapter import Adapter, trainable_dtype
+from ._core.host import base_type
 from ._errors import AdapterError
 from ._features import features_of
 from ._hidden import input_of, with_hidden_states
-from ._host import base_type
 from .kernels import bottleneck
 from .kernels.reference import ACTIVATIONS
 

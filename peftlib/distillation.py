@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._choose import activate
+from ._core.activate import activate
 from ._errors import AdapterError
 
 

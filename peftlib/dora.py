@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._adapter import as_weights, fold_all, shadowed, unwound, weight_of
+from ._core.adapter import as_weights, fold_all, shadowed, unwound, weight_of
 from ._errors import AdapterError
 from ._forms import TransposedKernel, unreal_as
 from .kernels import dora_norm

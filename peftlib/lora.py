@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._adapter import Adapter, tensors_of, trainable_dtype, weight_of
+from ._core.adapter import Adapter, tensors_of, trainable_dtype, weight_of
+from ._core.host import runs_bare
 from ._errors import AdapterError
 from ._forms import (
     embedding_term,
@@ -23,7 +24,6 @@ from ._forms import (
     unreal_as,
     weight_shape,
 )
-from ._host import runs_bare
 from .kernels import dropped, join_pairs, lora_add, lora_embedding, lora_linear
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "pissa")

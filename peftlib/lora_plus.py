@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from ._core.walk import adapters, require
 from ._errors import AdapterError
-from ._walk import adapters, require
 
 
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, name: str | None = None) -> list[dict[str, Any]]:

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ._adapter import Adapter
+from ._core.adapter import Adapter
+from ._core.host import adapters_of, is_host, parts
 from ._errors import AdapterError
-from ._host import adapters_of, is_host, parts
 
 Style = TypeVar("Style")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._adapter import Adapter, trainable_dtype
+from ._core.adapter import Adapter, trainable_dtype
 from ._errors import AdapterError
 from ._lengthen import cut, lengthened
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._core.targets import Targets, select
 from ._errors import AdapterError
-from ._select import Targets, select
 
 
 class L2SP(nn.Module):

@@ -25,8 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import peftlib
-from peftlib import AdapterError, Full, LoRA, _host, _io, _model, _rebuild
-from peftlib._fold import Folded
+from peftlib import AdapterError, Full, LoRA, _io, _rebuild
+from peftlib._core import host as _host
+from peftlib._core import inject as _model
+from peftlib._core.merged_weights import Folded
 
 
 def encoder() -> Any:

@@ -32,18 +32,19 @@ LAYERS = [
     "kernels.lora",
     "kernels.gpu_check kernels.bottleneck",
     "kernels",
-    "_errors _shards _table _packed _hooks",
-    "_header _bounded _face schedules",
-    "_select _adapter _readers _file _flex",
-    "_keywords _host _stacks _best",
-    "_walk _forms _heads _front retaining _layer_groups",
-    "_choose _fold _place parallel _frozen _warmup _learning_rates _unfreezing_plan lora_plus _multihead _features",
+    "_errors _shards _core.table _core.quantized _core.accelerate",
+    "_header _bounded _core.clone schedules",
+    "_core _core.targets _core.adapter _core.foreign _file _flex",
+    "_keywords _core.host _stacks _best",
+    "_core.walk _forms _heads _front retaining _layer_groups",
+    "_core.activate _core.merged_weights _core.placement parallel _frozen _warmup _learning_rates "
+    "_unfreezing_plan lora_plus _multihead _features",
     "_hidden",
     "_registry _attention _lengthen",
     "lora full bottleneck ia3 prefix prompt unfreezing",
     "dora",
-    "_merge _dequantise",
-    "_model _fingerprint _rebuild _verify _report distillation",
+    "_core.merge _core.dequantize",
+    "_core.inject _fingerprint _rebuild _core.verify _core.report distillation",
     "_io _hf_config _hf_refusals _hf_parts _hf_tensors",
     "_hf_layouts _hf_match",
     "_hf_sites _hf_pairs",
@@ -140,8 +141,9 @@ def test_the_table_of_layers_names_what_exists():
 
 
 def test_a_wrong_arrow_would_be_seen(monkeypatch):
-    monkeypatch.setitem(TREES, "_errors", ast.parse("def late():\n from ._model import f\n import triton.language"))
-    assert own_imports("_errors") == {"_model"}
+    source = "def late():\n from ._core.inject import f\n import triton.language"
+    monkeypatch.setitem(TREES, "_errors", ast.parse(source))
+    assert own_imports("_errors") == {"_core.inject"}
     assert "triton.language" in imports("_errors")
 
 
@@ -163,7 +165,7 @@ def test_no_parameter_is_touched_in_a_way_that_can_deadlock_beside_other_threads
 
 
 def test_only_the_host_writes_a_class():
-    assert class_writers() == {"_host"}
+    assert class_writers() == {"_core.host"}
 
 
 @every_source

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
 import peftlib
-from peftlib import IA3, AdapterError, Bottleneck, Full, LoRA, _dequantise, _model
+from peftlib import IA3, AdapterError, Bottleneck, Full, LoRA
+from peftlib._core import dequantize as _dequantise
+from peftlib._core import inject as _model
 
 each_base = pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)
 EPSILON = torch.finfo(torch.float32).eps

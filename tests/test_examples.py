@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import peftlib
-from peftlib._adapter import KINDS
+from peftlib._core.adapter import KINDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

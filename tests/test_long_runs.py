@@ -14,7 +14,9 @@ from helpers import Gain, Offset, base_bits, chain, linears, moved, network, tok
 from torch import nn
 
 import peftlib
-from peftlib import Bottleneck, DoRA, Full, LoRA, _host, _walk
+from peftlib import Bottleneck, DoRA, Full, LoRA
+from peftlib._core import host as _host
+from peftlib._core import walk as _walk
 
 
 def cycle(model: Any, path: Path) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import peftlib
 from peftlib import AdapterError, Full, LoRA
-from peftlib._fold import Folded
+from peftlib._core.merged_weights import Folded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

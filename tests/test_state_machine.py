@@ -24,7 +24,8 @@ from hypothesis.stateful import (
 from torch import Tensor, nn
 
 import peftlib
-from peftlib import IA3, AdapterError, Bottleneck, DoRA, Full, LoRA, Prefix, Prompt, _model
+from peftlib import IA3, AdapterError, Bottleneck, DoRA, Full, LoRA, Prefix, Prompt
+from peftlib._core import inject as _model
 
 
 class Tangled(nn.Module):

@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
 
 import peftlib
-from peftlib import AdapterError, Full, LoRA, _table
+from peftlib import AdapterError, Full, LoRA
+from peftlib._core import table as _table
 
 X = torch.arange(8.0).view(2, 4) / 8
 

@@ -14,7 +14,8 @@ from helpers import Gain, Offset, moved, network, same_bits, tokens
 from torch import Tensor, nn
 
 import peftlib
-from peftlib import IA3, Bottleneck, DoRA, Full, LoRA, _walk
+from peftlib import IA3, Bottleneck, DoRA, Full, LoRA
+from peftlib._core import walk as _walk
 
 THREADS = 8
 

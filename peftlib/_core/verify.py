@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._adapter import Adapter, has_weight_form
-from ._errors import AdapterError
-from ._forms import packed_as
-from ._hooks import is_offloaded
-from ._merge import merged
-from ._walk import adapters, candidates, require
+from .._errors import AdapterError
+from .._forms import packed_as
+from .accelerate import is_offloaded
+from .adapter import Adapter, has_weight_form
+from .merge import merged
+from .walk import adapters, candidates, require
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._errors import AdapterError
+from .._errors import AdapterError
 
 KINDS: dict[str, type["Adapter"]] = {}
 

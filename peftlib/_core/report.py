@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from ._adapter import Adapter
-from ._forms import weight_shape
-from ._place import build, places
-from ._select import Targets
-from ._table import size, table
-from ._walk import adapters, candidates, require
+from .._forms import weight_shape
+from .adapter import Adapter
+from .placement import build, places
+from .table import size, table
+from .targets import Targets
+from .walk import adapters, candidates, require
 
 
 @dataclass(frozen=True)

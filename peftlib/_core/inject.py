@@ -4,16 +4,16 @@ from typing import Any, Literal, overload
 
 from torch import nn
 
-from ._adapter import Adapter
-from ._dequantise import dequantise
-from ._errors import AdapterError
-from ._host import Selection, adapters_of, adopt, all_or_nothing, parts, put, release, require_on_top, take
-from ._merge import forget_backups, unmerge
-from ._merge import merge as fold_in
-from ._place import Placed, build, places, require_free, require_name
-from ._readers import fast_paths_around
-from ._select import Targets
-from ._walk import candidates, hosts, require, require_no_views, share_selection
+from .._errors import AdapterError
+from .adapter import Adapter
+from .dequantize import dequantise
+from .foreign import fast_paths_around
+from .host import Selection, adapters_of, adopt, all_or_nothing, parts, put, release, require_on_top, take
+from .merge import forget_backups, unmerge
+from .merge import merge as fold_in
+from .placement import Placed, build, places, require_free, require_name
+from .targets import Targets
+from .walk import candidates, hosts, require, require_no_views, share_selection
 
 _FROZEN = "_peftlib_frozen"
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._adapter import Adapter
-from ._errors import AdapterError
-from ._face import unshadowed
-from ._hooks import is_bound, place_of_forward
-from ._readers import FAST_PATHS
+from .._errors import AdapterError
+from .accelerate import is_bound, place_of_forward
+from .adapter import Adapter
+from .clone import unshadowed
+from .foreign import FAST_PATHS
 
 _INNER = "_inner_forward"
 _KEPT = {

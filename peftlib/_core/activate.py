@@ -6,10 +6,10 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from ._errors import AdapterError
-from ._face import face
-from ._host import Selection
-from ._walk import adapters, remember_view, require
+from .._errors import AdapterError
+from .clone import face
+from .host import Selection
+from .walk import adapters, remember_view, require
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._hooks import hook_of
-from ._packed import meta_stand_in, wraps_others
+from .accelerate import hook_of
+from .quantized import meta_stand_in, wraps_others
 
 
 def face(model: nn.Module, meta: bool = False) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ._adapter import Adapter
-from ._errors import AdapterError
-from ._host import Selection, adapters_of, is_host, parts
+from .._errors import AdapterError
+from .adapter import Adapter
+from .host import Selection, adapters_of, is_host, parts
 
 _views: weakref.WeakKeyDictionary[Selection, "weakref.WeakSet[Selection]"] = weakref.WeakKeyDictionary()
 _one_thread = threading.RLock()  # while the table is walked, a view made elsewhere would end the walk

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ._errors import AdapterError
+from .._errors import AdapterError
 
 # Children that torch's own parents read: adapted from the parent, by a dotted path.
 _READ_BY_TORCH: dict[type[nn.Module], frozenset[str]] = {nn.MultiheadAttention: frozenset({"out_proj"})}

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ._adapter import has_weight_form
-from ._errors import AdapterError
-from ._fold import Folded, folded_by_host
-from ._host import Adapters, Selection
-from ._walk import adapters, hosts, require, require_no_views
+from .._errors import AdapterError
+from .adapter import has_weight_form
+from .host import Adapters, Selection
+from .merged_weights import Folded, folded_by_host
+from .walk import adapters, hosts, require, require_no_views
 
 _BACKUP = "_peftlib_backup"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ._errors import AdapterError
+from .._errors import AdapterError
 
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Targets = Target | Sequence[Target]

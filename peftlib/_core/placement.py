@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ._adapter import Adapter, full_config
-from ._errors import AdapterError
-from ._face import face
-from ._hooks import present
-from ._host import Adapters, is_host
-from ._readers import reader_of
-from ._select import Targets, select
-from ._walk import adapters, candidates
+from .._errors import AdapterError
+from .accelerate import present
+from .adapter import Adapter, full_config
+from .clone import face
+from .foreign import reader_of
+from .host import Adapters, is_host
+from .targets import Targets, select
+from .walk import adapters, candidates
 
 
 class Place(NamedTuple):

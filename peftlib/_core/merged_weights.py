@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._adapter import Adapter, fold_all, owner_of, shadowed
-from ._errors import AdapterError
-from ._face import face
-from ._forms import packed_as
-from ._hooks import is_offloaded
-from ._host import is_host, parts
-from ._walk import candidates, hosts
+from .._errors import AdapterError
+from .._forms import packed_as
+from .accelerate import is_offloaded
+from .adapter import Adapter, fold_all, owner_of, shadowed
+from .clone import face
+from .host import is_host, parts
+from .walk import candidates, hosts
 
 
 @dataclass
