@@ -20,9 +20,9 @@ from ._hf_read import lora_parts
 from ._hf_tensors import FileTensors
 from ._hf_write import lora_files
 from ._io import require_values
-from .ia3 import IA3
-from .prefix import Prefix
-from .prompt import Prompt
+from .kinds.ia3 import IA3
+from .kinds.prefix import Prefix
+from .kinds.prompt import Prompt
 
 _WEIGHTS = "adapter_model.safetensors"
 _TARGETS = ("peft", "vllm", "llama.cpp")

@@ -10,8 +10,8 @@ from ._errors import AdapterError
 from ._hf_config import Config
 from ._hf_match import modules_kept
 from ._hf_sites import PREFIX, Sites
-from .full import Full
-from .lora import LoRA
+from .kinds.full import Full
+from .kinds.lora import LoRA
 
 Tensors = dict[str, Tensor]
 Copies = dict[str, Tensors]  # of whole modules

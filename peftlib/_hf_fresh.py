@@ -13,8 +13,8 @@ from ._hf_parts import Part
 from ._hf_read import fresh_copy, keywords_of, require_known_start
 from ._hf_sites import Site, Sites, sites_of
 from ._hf_tokens import token_parts
-from .dora import DoRA
-from .lora import LoRA
+from .kinds.dora import DoRA
+from .kinds.lora import LoRA
 
 _STARTS = {"true": "kaiming", "gaussian": "gaussian", "pissa": "pissa"}
 

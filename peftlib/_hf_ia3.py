@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ._core.foreign import reader_of
 from ._core.walk import candidates
 from ._errors import AdapterError
-from ._forms import is_transposed_linear, term_of
 from ._hf_config import Config
 from ._hf_copies import Found, Tensors, copies_of, kept_tensors, require_exactly_kept
 from ._hf_match import module_target, modules_kept, modules_named, whole_match
@@ -18,8 +17,9 @@ from ._hf_read import fresh_copy, kept_parts
 from ._hf_refusals import class_of
 from ._hf_sites import PREFIX, Sites
 from ._hf_tensors import FileTensors
-from .full import Full
-from .ia3 import IA3
+from .kinds._weight_layout import is_transposed_linear, term_of
+from .kinds.full import Full
+from .kinds.ia3 import IA3
 
 _SUFFIX = "ia3_l"
 _HOSTS = (nn.Linear, nn.Conv2d, nn.Conv3d)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ._core.adapter import owner_of, weight_of
 from ._errors import AdapterError
-from ._forms import is_transposed_linear
 from ._hf_refusals import CONVS, class_of, is_module_target, refusal
+from .kinds._weight_layout import is_transposed_linear
 
 Shape = tuple[int, ...]
 Pair = tuple[Tensor, Tensor]

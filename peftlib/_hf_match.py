@@ -8,8 +8,8 @@ from torch import nn
 
 from ._core.walk import candidates
 from ._errors import AdapterError
-from ._forms import is_transposed_linear
 from ._hf_config import Config
+from .kinds._weight_layout import is_transposed_linear
 
 ALL_LINEAR = "all-linear"
 NOTHING = "dummy-target-modules"  # peft's own word for a configuration that adapts no module

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ._core.adapter import owner_of
 from ._errors import AdapterError
-from ._forms import is_transposed_linear, term_of
 from ._hf_config import Config, plain
 from ._hf_layouts import Layout, Looked, is_linear, layout_of, magnitude_shape
 from ._hf_match import exact_patterns
 from ._hf_refusals import is_module_target
-from .dora import DoRA
-from .lora import LoRA
+from .kinds._weight_layout import is_transposed_linear, term_of
+from .kinds.dora import DoRA
+from .kinds.lora import LoRA
 
 _SERVED = {
     "vllm": "vLLM serves pairs of Linear layers alone",

@@ -15,7 +15,7 @@ from ._hf_copies import Found, Tensors
 from ._hf_parts import Part
 from ._hf_refusals import class_of
 from ._hf_tensors import FileTensors
-from .prefix import Prefix
+from .kinds.prefix import Prefix
 
 KEY = "prompt_embeddings"
 

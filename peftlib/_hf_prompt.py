@@ -10,7 +10,7 @@ from ._hf_copies import Found, Tensors
 from ._hf_parts import Part
 from ._hf_refusals import class_of
 from ._hf_tensors import FileTensors
-from .prompt import Prompt
+from .kinds.prompt import Prompt
 
 KEY = "prompt_embeddings"
 _STARTS = {"RANDOM": "normal", "SAMPLE_VOCAB": "vocabulary"}

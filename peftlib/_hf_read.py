@@ -11,7 +11,6 @@ from ._core.adapter import weight_of
 from ._core.foreign import reader_of
 from ._core.walk import candidates
 from ._errors import AdapterError
-from ._forms import term_of
 from ._hf_config import Config
 from ._hf_layouts import Looked, is_linear, magnitude_shape
 from ._hf_match import modules_kept
@@ -19,9 +18,10 @@ from ._hf_parts import Part
 from ._hf_sites import PREFIX, Site, Sites, sites_of
 from ._hf_tensors import FileTensors
 from ._hf_tokens import token_parts
-from .dora import DoRA
-from .full import Full
-from .lora import LoRA
+from .kinds._weight_layout import term_of
+from .kinds.dora import DoRA
+from .kinds.full import Full
+from .kinds.lora import LoRA
 
 MAGNITUDE = "lora_magnitude_vector"
 

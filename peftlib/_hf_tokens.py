@@ -12,7 +12,7 @@ from ._hf_config import Config
 from ._hf_parts import Part
 from ._hf_sites import PREFIX, Sites
 from ._hf_tensors import FileTensors
-from .full import Full
+from .kinds.full import Full
 
 _SUFFIX = "token_adapter.trainable_tokens_delta"
 

@@ -15,9 +15,9 @@ from ._hf_pairs import Pair, described, pair_of, served
 from ._hf_read import MAGNITUDE
 from ._hf_sites import PREFIX, Sites, sites_of
 from ._hf_tokens import rows_of, token_config, token_tensors
-from .dora import DoRA
-from .full import Full
-from .lora import LoRA
+from .kinds.dora import DoRA
+from .kinds.full import Full
+from .kinds.lora import LoRA
 
 
 def lora_files(model: nn.Module, found: Found, target: str) -> tuple[Config, Tensors]:

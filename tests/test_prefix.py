@@ -20,7 +20,7 @@ from zoo import BY_NAME, ZOO, GroupedQueryAttention
 
 import peftlib
 from peftlib import AdapterError, Prefix
-from peftlib._flex import blocks_in_front
+from peftlib.kinds.prefix._flex import blocks_in_front
 
 pytestmark = [  # torch's own, where flex_attention is traced and not compiled
     pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile:UserWarning"),

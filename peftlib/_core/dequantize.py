@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._forms import packed_as
+from ..kinds._weight_layout import packed_as
 from .clone import face
 from .host import adapters_of, base_type, become, parts, require_unwrapped
 from .merged_weights import full_precision

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import AdapterError
-from .._forms import packed_as
+from ..kinds._weight_layout import packed_as
 from .accelerate import is_offloaded
 from .adapter import Adapter, fold_all, owner_of, shadowed
 from .clone import face

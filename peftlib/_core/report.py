@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .._forms import weight_shape
+from ..kinds._weight_layout import weight_shape
 from .adapter import Adapter
 from .placement import build, places
 from .table import size, table

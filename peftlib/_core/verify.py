@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import AdapterError
-from .._forms import packed_as
+from ..kinds._weight_layout import packed_as
 from .accelerate import is_offloaded
 from .adapter import Adapter, has_weight_form
 from .merge import merged

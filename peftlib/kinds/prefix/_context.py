@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._errors import AdapterError
+from ..._errors import AdapterError
 
 
 class Front:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ._context import Front, visible
 from ._flex import flex_in_front
-from ._front import Front, visible
 from ._multihead import multi_head_in_front
 
 Call = Callable[..., Any]

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._core.adapter import Adapter, trainable_dtype
-from ._errors import AdapterError
-from ._lengthen import cut, lengthened
+from .._core.adapter import Adapter, trainable_dtype
+from .._errors import AdapterError
+from ._prompt_inputs import cut, lengthened
 
 
 class Prompt(Adapter):

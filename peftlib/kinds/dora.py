@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._core.adapter import as_weights, fold_all, shadowed, unwound, weight_of
-from ._errors import AdapterError
-from ._forms import TransposedKernel, unreal_as
-from .kernels import dora_norm
+from .._core.adapter import as_weights, fold_all, shadowed, unwound, weight_of
+from .._errors import AdapterError
+from ..kernels import dora_norm
+from ._weight_layout import TransposedKernel, unreal_as
 from .lora import LoRA
 
 

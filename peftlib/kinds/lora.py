@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._core.adapter import Adapter, tensors_of, trainable_dtype, weight_of
-from ._core.host import runs_bare
-from ._errors import AdapterError
-from ._forms import (
+from .._core.adapter import Adapter, tensors_of, trainable_dtype, weight_of
+from .._core.host import runs_bare
+from .._errors import AdapterError
+from ..kernels import dropped, join_pairs, lora_add, lora_embedding, lora_linear
+from ._weight_layout import (
     embedding_term,
     form_of,
     is_plain_linear,
@@ -24,7 +25,6 @@ from ._forms import (
     unreal_as,
     weight_shape,
 )
-from .kernels import dropped, join_pairs, lora_add, lora_embedding, lora_linear
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
 

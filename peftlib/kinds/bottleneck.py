@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._core.adapter import Adapter, trainable_dtype
-from ._core.host import base_type
-from ._errors import AdapterError
+from .._core.adapter import Adapter, trainable_dtype
+from .._core.host import base_type
+from .._errors import AdapterError
+from ..kernels import bottleneck
+from ..kernels.reference import ACTIVATIONS
 from ._features import features_of
-from ._hidden import input_of, with_hidden_states
-from .kernels import bottleneck
-from .kernels.reference import ACTIVATIONS
+from ._hidden_states import input_of, with_hidden_states
 
 _POSITIONS, _NORMS = ("after", "parallel"), ("none", "before", "after")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._errors import AdapterError
+from .._errors import AdapterError
 
 # In a dict, or a transformers ModelOutput: the first of these that is there, else the first tensor.
 _KEYS = ("last_hidden_state", "hidden_states", "logits")

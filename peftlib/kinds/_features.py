@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ._forms import is_transposed_linear
+from ._weight_layout import is_transposed_linear
 
 
 class Features(NamedTuple):

@@ -8,11 +8,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._core.adapter import shadowed
-from ._core.host import base_type
-from ._errors import AdapterError
+from ..._core.adapter import shadowed
+from ..._core.host import base_type
+from ..._errors import AdapterError
+from ._context import Front, visible
 from ._flex import blocks_in_front
-from ._front import Front, visible
 
 # Tensors of a call that say nothing of the keys, so that keys may come in front of them.
 _KNOWN = ("position_bias", "position_ids", "cache_position", "s_aux")

@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from ._core.adapter import Adapter
-from ._core.host import Adapters
-from ._errors import AdapterError
+from ..._core.adapter import Adapter
+from ..._core.host import Adapters
+from ..._errors import AdapterError
 
 # What attention modules call these numbers, the most telling first.
 _HEADS = (

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._core.adapter import weight_of
-from ._core.host import base_type
-from ._core.quantized import wraps_others
-from ._errors import AdapterError
+from .._core.adapter import weight_of
+from .._core.host import base_type
+from .._core.quantized import wraps_others
+from .._errors import AdapterError
 
 Shape = tuple[int, ...]
 Term = Callable[..., Tensor]

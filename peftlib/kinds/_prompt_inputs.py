@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._errors import AdapterError
+from .._errors import AdapterError
 
 _IGNORED = -100  # the label that losses of transformers leave out
 _ADVICE = "Use Prefix, which leaves the sequence as long as it is."

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._front import Front
+from ._context import Front
 
 Call = Callable[..., Any]
 

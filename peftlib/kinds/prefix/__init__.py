@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._attention import InFront
-from ._core.activate import activate
-from ._core.adapter import Adapter, trainable_dtype
-from ._core.host import base_type
-from ._core.walk import adapters
-from ._errors import AdapterError
-from ._front import Front
+from ..._core.activate import activate
+from ..._core.adapter import Adapter, trainable_dtype
+from ..._core.host import base_type
+from ..._core.walk import adapters
+from ..._errors import AdapterError
+from ._context import Front
 from ._heads import heads_of
-from ._registry import registered, uses_registry
+from ._torch_attention import InFront
+from ._transformers import registered, uses_registry
 
 _STD = 0.02
 
