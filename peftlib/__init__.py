@@ -21,13 +21,13 @@ from ._core.verify import verify as verify
 from ._core.walk import adapters as adapters
 from ._core.walk import parameters as parameters
 from ._errors import AdapterError as AdapterError
-from ._file import read_header as read_header
-from ._io import load as load
-from ._io import save as save
 from ._layer_groups import layer_groups as layer_groups
 from ._learning_rates import SlantedTriangular as SlantedTriangular
 from ._learning_rates import discriminative_lr as discriminative_lr
 from .distillation import distill as distill
+from .files.container import read_header as read_header
+from .files.save_load import load as load
+from .files.save_load import save as save
 from .kinds.bottleneck import Bottleneck as Bottleneck
 from .kinds.dora import DoRA as DoRA
 from .kinds.full import Full as Full

@@ -10,11 +10,11 @@ from ._errors import AdapterError
 from ._exchange_keys import DIALECTS, Dialect, keys_of
 from ._exchange_read import opened_source, parts_of
 from ._exchange_write import Component, as_diffusers, as_kohya
-from ._file import Path, replacing, write_tensors
-from ._header import some
-from ._hf_parts import Part, install_parts
 from ._hf_write import lora_files
-from ._io import require_values
+from .files.container import Path, replacing, write_tensors
+from .files.header import some
+from .files.parts import Part, install_parts
+from .files.save_load import require_values
 
 _WRITERS = {"kohya": as_kohya, "diffusers": as_diffusers}
 

@@ -7,9 +7,9 @@ from torch import nn
 
 from ._core.walk import candidates
 from ._errors import AdapterError
-from ._header import shown
 from ._hf_layouts import Looked
 from ._hf_read import MAGNITUDE
+from .files.header import shown
 
 A, B = "lora_A.weight", "lora_B.weight"
 ALPHA = "alpha"

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from ._core.walk import candidates
 from ._errors import AdapterError
 from ._exchange_keys import ALPHA, METADATA, A, Key, peft_name
-from ._file import Path, listed, opened, read_tensor
-from ._header import strict_json
 from ._hf_config import Config, checked, plain
 from ._hf_match import exact_patterns
-from ._hf_parts import Part
 from ._hf_read import MAGNITUDE, lora_parts
 from ._hf_sites import PREFIX
 from ._hf_tensors import FileTensors
+from .files.container import Path, listed, opened, read_tensor
+from .files.header import strict_json
+from .files.parts import Part
 
 
 class Source(NamedTuple):

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from ._errors import AdapterError
 from ._exchange_keys import METADATA, A, B
-from ._header import some
 from ._hf_config import Config
 from ._hf_layouts import Layout
 from ._hf_read import MAGNITUDE
 from ._hf_sites import PREFIX, Site, sites_of
+from .files.header import some
 
 Written = tuple[dict[str, Tensor], dict[str, str]]
 

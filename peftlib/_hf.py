@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 from ._core.walk import adapters, require
 from ._errors import AdapterError
-from ._file import Path, listed, opened, read_tensor, replacing, write_tensors
 from ._hf_config import NAME, Config, checked, read_config, written
 from ._hf_copies import Found
 from ._hf_fresh import fresh_lora
 from ._hf_ia3 import ia3_files, ia3_parts
-from ._hf_parts import Part, install_parts
 from ._hf_prefix import prefix_files, prefix_parts
 from ._hf_prompt import prompt_files, prompt_parts
 from ._hf_read import lora_parts
 from ._hf_tensors import FileTensors
 from ._hf_write import lora_files
-from ._io import require_values
+from .files.container import Path, listed, opened, read_tensor, replacing, write_tensors
+from .files.parts import Part, install_parts
+from .files.save_load import require_values
 from .kinds.ia3 import IA3
 from .kinds.prefix import Prefix
 from .kinds.prompt import Prompt

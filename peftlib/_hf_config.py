@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ._errors import AdapterError
-from ._file import Path
-from ._header import shown, strict_json
+from .files.container import Path
+from .files.header import shown, strict_json
 
 NAME = "adapter_config.json"
 

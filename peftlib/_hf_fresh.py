@@ -9,10 +9,10 @@ from ._errors import AdapterError
 from ._hf_config import Config
 from ._hf_layouts import magnitude_shape
 from ._hf_match import modules_kept
-from ._hf_parts import Part
 from ._hf_read import fresh_copy, keywords_of, require_known_start
 from ._hf_sites import Site, Sites, sites_of
 from ._hf_tokens import token_parts
+from .files.parts import Part
 from .kinds.dora import DoRA
 from .kinds.lora import LoRA
 

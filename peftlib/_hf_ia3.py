@@ -12,11 +12,11 @@ from ._errors import AdapterError
 from ._hf_config import Config
 from ._hf_copies import Found, Tensors, copies_of, kept_tensors, require_exactly_kept
 from ._hf_match import module_target, modules_kept, modules_named, whole_match
-from ._hf_parts import Part
 from ._hf_read import fresh_copy, kept_parts
 from ._hf_refusals import class_of
 from ._hf_sites import PREFIX, Sites
 from ._hf_tensors import FileTensors
+from .files.parts import Part
 from .kinds._weight_layout import is_transposed_linear, term_of
 from .kinds.full import Full
 from .kinds.ia3 import IA3

@@ -12,9 +12,9 @@ from ._core.walk import candidates
 from ._errors import AdapterError
 from ._hf_config import Config
 from ._hf_copies import Found, Tensors
-from ._hf_parts import Part
 from ._hf_refusals import class_of
 from ._hf_tensors import FileTensors
+from .files.parts import Part
 from .kinds.prefix import Prefix
 
 KEY = "prompt_embeddings"

@@ -14,10 +14,10 @@ from ._errors import AdapterError
 from ._hf_config import Config
 from ._hf_layouts import Looked, is_linear, magnitude_shape
 from ._hf_match import modules_kept
-from ._hf_parts import Part
 from ._hf_sites import PREFIX, Site, Sites, sites_of
 from ._hf_tensors import FileTensors
 from ._hf_tokens import token_parts
+from .files.parts import Part
 from .kinds._weight_layout import term_of
 from .kinds.dora import DoRA
 from .kinds.full import Full

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._errors import AdapterError
-from ._header import some
+from .files.header import some
 
 
 class FileTensors:

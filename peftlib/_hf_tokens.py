@@ -9,9 +9,9 @@ from ._core.adapter import Adapter
 from ._core.walk import candidates
 from ._errors import AdapterError
 from ._hf_config import Config
-from ._hf_parts import Part
 from ._hf_sites import PREFIX, Sites
 from ._hf_tensors import FileTensors
+from .files.parts import Part
 from .kinds.full import Full
 
 _SUFFIX = "token_adapter.trainable_tokens_delta"

@@ -25,10 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import peftlib
-from peftlib import AdapterError, Full, LoRA, _io, _rebuild
+from peftlib import AdapterError, Full, LoRA
 from peftlib._core import host as _host
 from peftlib._core import inject as _model
 from peftlib._core.merged_weights import Folded
+from peftlib.files import rebuild as _rebuild
+from peftlib.files import save_load as _io
 
 
 def encoder() -> Any:

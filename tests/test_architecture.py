@@ -32,10 +32,10 @@ LAYERS = [
     "kernels.lora",
     "kernels.gpu_check kernels.bottleneck",
     "kernels",
-    "_errors _shards _core.table _core.quantized _core.accelerate",
-    "_header _bounded _core.clone schedules",
-    "_core kinds _core.targets _core.adapter _core.foreign _file kinds.prefix._flex",
-    "_keywords _core.host _stacks _best",
+    "_errors files.shards _core.table _core.quantized _core.accelerate",
+    "files.header files.bounded _core.clone schedules",
+    "_core kinds files training _core.targets _core.adapter _core.foreign files.container kinds.prefix._flex",
+    "files.keywords _core.host _stacks _best",
     "_core.walk kinds._weight_layout kinds.prefix._heads kinds.prefix._context retaining _layer_groups",
     "_core.activate _core.merged_weights _core.placement parallel _frozen _warmup _learning_rates "
     "_unfreezing_plan lora_plus kinds.prefix._multihead kinds._features",
@@ -44,8 +44,8 @@ LAYERS = [
     "kinds.lora kinds.full kinds.bottleneck kinds.ia3 kinds.prefix.prefix kinds.prompt unfreezing",
     "kinds.dora kinds.prefix",
     "_core.merge _core.dequantize",
-    "_core.inject _fingerprint _rebuild _core.verify _core.report distillation",
-    "_io _hf_config _hf_refusals _hf_parts _hf_tensors",
+    "_core.inject files.fingerprint files.rebuild _core.verify _core.report distillation",
+    "files.save_load _hf_config _hf_refusals files.parts _hf_tensors",
     "_hf_layouts _hf_match",
     "_hf_sites _hf_pairs",
     "_hf_copies _hf_tokens",
@@ -175,7 +175,7 @@ def test_run_time_dependencies_are_the_five(name):
 
 
 @every_source
-@pytest.mark.parametrize(("dependency", "owners"), [("triton", "kernels.triton_*"), ("safetensors", "_file")])
+@pytest.mark.parametrize(("dependency", "owners"), [("triton", "kernels.triton_*"), ("safetensors", "files.container")])
 def test_a_dependency_has_its_owners(name, dependency, owners):
     if any(each.split(".")[0] == dependency for each in imports(name)):
         assert fnmatch.fnmatch(name, owners), f"{name} imports {dependency}, which is for {owners}"

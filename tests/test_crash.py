@@ -151,9 +151,9 @@ def test_a_disk_that_is_full_only_when_synced(path, monkeypatch):
 
 def test_an_error_without_a_number_is_told_as_it_is(path, monkeypatch):
     def broken(*_: Any) -> None:
-        raise peftlib._file.SafetensorError("no number")
+        raise peftlib.files.container.SafetensorError("no number")
 
-    monkeypatch.setattr(peftlib._file, "save_file", broken)
+    monkeypatch.setattr(peftlib.files.container, "save_file", broken)
     with pytest.raises(AdapterError, match=r"cannot be written \(no number\)\. Check the folder"):
         peftlib.save(model_of(2), path)
     assert contents(path.parent) == {}

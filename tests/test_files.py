@@ -28,7 +28,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import peftlib
-from peftlib import AdapterError, Full, LoRA, _io
+from peftlib import AdapterError, Full, LoRA
+from peftlib.files import save_load as _io
 
 
 @pytest.fixture
@@ -435,7 +436,7 @@ def network_with_head():
 def test_a_failing_writer_leaves_the_old_file(path):
     peftlib.save(network_with_head(), path)
     before = path.read_bytes()
-    with failing(peftlib._file, "save_file", 0, late=True), pytest.raises(Fault):  # it wrote, then failed
+    with failing(peftlib.files.container, "save_file", 0, late=True), pytest.raises(Fault):  # it wrote, then failed
         peftlib.save(mixed(), path)
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == [path.name]

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 import peftlib
 from peftlib import Full, LoRA
-from peftlib._fingerprint import differs, fingerprint
+from peftlib.files.fingerprint import differs, fingerprint
 
 
 class Packed(nn.Linear):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ._errors import AdapterError
+from .._errors import AdapterError
 
 
 class Bounded(TorchDispatchMode):

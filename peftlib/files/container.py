@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ._errors import AdapterError
-from ._header import FORMAT, Header, parse, shown, strict_json
+from .._errors import AdapterError
+from .header import FORMAT, Header, parse, shown, strict_json
 
 _KEY = "peftlib"
 _SUM = "peftlib.sha256"

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ._core.adapter import Adapter
-from ._errors import AdapterError
+from .._core.adapter import Adapter
+from .._errors import AdapterError
 
 _LISTS = (list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Collection)
 _DICTS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)

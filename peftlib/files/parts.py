@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ._core.adapter import Adapter
-from ._core.inject import install, require_changeable
-from ._core.placement import Place, Placed, build, require_adaptable, require_free, require_name
-from ._core.walk import candidates
-from ._errors import AdapterError
-from ._rebuild import entries, fill, require_keys
+from .._core.adapter import Adapter
+from .._core.inject import install, require_changeable
+from .._core.placement import Place, Placed, build, require_adaptable, require_free, require_name
+from .._core.walk import candidates
+from .._errors import AdapterError
+from .rebuild import entries, fill, require_keys
 
 
 class Part(NamedTuple):

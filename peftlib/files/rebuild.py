@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._bounded import Bounded
-from ._core.accelerate import device_of
-from ._core.adapter import KINDS, Adapter
-from ._core.foreign import reader_of
-from ._core.placement import Place, Placed, build, require_adaptable
-from ._core.walk import candidates
-from ._errors import AdapterError
-from ._file import Path
-from ._header import Header, shown, some
-from ._keywords import require_keywords
+from .._core.accelerate import device_of
+from .._core.adapter import KINDS, Adapter
+from .._core.foreign import reader_of
+from .._core.placement import Place, Placed, build, require_adaptable
+from .._core.walk import candidates
+from .._errors import AdapterError
+from .bounded import Bounded
+from .container import Path
+from .header import Header, shown, some
+from .keywords import require_keywords
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SLACK = 2**26  # 64 MiB for whatever a kind computes on the way

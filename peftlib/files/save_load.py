@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._core.adapter import Adapter
-from ._core.host import parts
-from ._core.inject import install, require_changeable
-from ._core.placement import Placed, require_free, require_name
-from ._core.walk import adapters, hosts, require
-from ._errors import AdapterError
-from ._file import Path, header_of, opened, read_tensor, require_unchanged, write
-from ._fingerprint import differs, fingerprint
-from ._header import Header, some
-from ._rebuild import fill, is_finite, rebuilt, require_keys
-from ._shards import whole, writes_here
+from .._core.adapter import Adapter
+from .._core.host import parts
+from .._core.inject import install, require_changeable
+from .._core.placement import Placed, require_free, require_name
+from .._core.walk import adapters, hosts, require
+from .._errors import AdapterError
+from .container import Path, header_of, opened, read_tensor, require_unchanged, write
+from .fingerprint import differs, fingerprint
+from .header import Header, some
+from .rebuild import fill, is_finite, rebuilt, require_keys
+from .shards import whole, writes_here
 
 
 def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[str, Any] | None = None) -> None:

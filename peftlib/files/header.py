@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from ._errors import AdapterError
+from .._errors import AdapterError
 
 FORMAT = 1
 

@@ -1,0 +1,1 @@
+"""Adapter files: saved, loaded and checked."""
