@@ -4,7 +4,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import kernels as kernels
-from . import schedules as schedules
 from ._core.activate import activate as activate
 from ._core.activate import train_only as train_only
 from ._core.activate import view as view
@@ -21,10 +20,6 @@ from ._core.verify import verify as verify
 from ._core.walk import adapters as adapters
 from ._core.walk import parameters as parameters
 from ._errors import AdapterError as AdapterError
-from ._layer_groups import layer_groups as layer_groups
-from ._learning_rates import SlantedTriangular as SlantedTriangular
-from ._learning_rates import discriminative_lr as discriminative_lr
-from .distillation import distill as distill
 from .files.container import read_header as read_header
 from .files.save_load import load as load
 from .files.save_load import save as save
@@ -35,11 +30,16 @@ from .kinds.ia3 import IA3 as IA3
 from .kinds.lora import LoRA as LoRA
 from .kinds.prefix import Prefix as Prefix
 from .kinds.prompt import Prompt as Prompt
-from .lora_plus import lora_plus_groups as lora_plus_groups
 from .parallel import tensor_parallel as tensor_parallel
-from .retaining import EWC as EWC
-from .retaining import L2SP as L2SP
-from .unfreezing import GradualUnfreezing as GradualUnfreezing
+from .training import schedules as schedules
+from .training.distillation import distill as distill
+from .training.layer_groups import layer_groups as layer_groups
+from .training.learning_rates import SlantedTriangular as SlantedTriangular
+from .training.learning_rates import discriminative_lr as discriminative_lr
+from .training.lora_plus import lora_plus_groups as lora_plus_groups
+from .training.regularizers import EWC as EWC
+from .training.regularizers import L2SP as L2SP
+from .training.unfreezing import GradualUnfreezing as GradualUnfreezing
 
 if TYPE_CHECKING:
     from . import exchange as exchange

@@ -433,7 +433,7 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("peftlib._hf.write_tensors", fail)
+    monkeypatch.setattr("peftlib.hf.directory.write_tensors", fail)
     with pytest.raises(OSError, match="No space left"):
         hf.save(model, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

@@ -1,0 +1,188 @@
+"""Directories of HF peft, read and written whole, and its configurations put into a model."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._core.walk import adapters, require
+from .._errors import AdapterError
+from ..files.container import Path, listed, opened, read_tensor, replacing, write_tensors
+from ..files.parts import Part, install_parts
+from ..files.save_load import require_values
+from ..kinds.ia3 import IA3
+from ..kinds.prefix import Prefix
+from ..kinds.prompt import Prompt
+from .config import NAME, Config, checked, read_config, written
+from .ia3 import ia3_files, ia3_parts
+from .inject import fresh_lora
+from .lora_read import lora_parts
+from .lora_write import lora_files
+from .modules_to_save import Found
+from .prefix import prefix_files, prefix_parts
+from .prompt import prompt_files, prompt_parts
+from .tensors import FileTensors
+
+_WEIGHTS = "adapter_model.safetensors"
+_TARGETS = ("peft", "vllm", "llama.cpp")
+_WRITERS = {IA3: ia3_files, Prefix: prefix_files, Prompt: prompt_files}
+
+
+def load(model: nn.Module, directory: Path, name: str = "default") -> list[str]:
+    """Puts an adapter that HF peft saved into a model and makes it active; the base is frozen, as by `inject`.
+
+    The model computes what peft's does. LoRA (also rank-stabilised, and with patterns, biases, `target_parameters` and
+    `init_lora_weights="pissa"`) becomes `LoRA`, `use_dora` becomes `DoRA`, `modules_to_save` and learned biases become
+    `Full`. What has no meaning here is refused by name; the model is touched only when all of the file is understood.
+
+    Args:
+        model: the base, not wrapped by peft.
+        directory: with `adapter_config.json` and `adapter_model.safetensors`; pickled weights are not read.
+        name: what to call the adapter here.
+
+    Returns:
+        list[str]: the qualified names of the hosts, in the model's order.
+
+    Raises:
+        AdapterError: a key of the configuration, a tensor or a kind of adapter that is not understood, missing tensors,
+            other shapes, NaN or infinity, a layer on which peft computes something else, and what `inject` refuses.
+        OSError: a file cannot be read.
+
+    Source: the files of HF peft 0.21 (Mangrulkar et al. 2022).
+
+    Example:
+        >>> import torch, peftlib, tempfile
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+        >>> directory = tempfile.mkdtemp()
+        >>> peftlib.hf.save(model, directory)
+        >>> peftlib.eject(model)
+        >>> peftlib.hf.load(model, directory)
+        ['0']
+    """
+    where = os.fspath(directory)
+    config = read_config(os.path.join(where, NAME))
+    path = os.path.join(where, _WEIGHTS)
+    if not os.path.exists(path) and os.path.exists(os.path.join(where, "adapter_model.bin")):
+        raise AdapterError(f"{where}: adapter_model.bin is a pickle, which could run code. Save it as safetensors.")
+    with opened(path) as file:
+        shapes = {key: found["shape"] for key, found in listed(file).items()}
+        tensors = FileTensors(shapes, lambda key: read_tensor(file, key), path)
+        parts = _parts(model, config, tensors, path)
+    return install_parts(model, parts, name, path)
+
+
+def _parts(model: nn.Module, config: Config, tensors: FileTensors | None, where: str) -> list[Part]:
+    """With the tensors of a file, or fresh."""
+    kind = config["peft_type"]
+    if kind == "LORA":
+        return fresh_lora(model, config, where) if tensors is None else lora_parts(model, config, tensors)
+    if kind == "IA3":
+        return ia3_parts(model, config, tensors, where)
+    if kind == "PREFIX_TUNING":
+        return prefix_parts(model, config, tensors, where)
+    return prompt_parts(model, config, tensors, where)  # PROMPT_TUNING or P_TUNING: the config of another is refused
+
+
+def save(
+    model: nn.Module,
+    directory: Path,
+    name: str = "default",
+    *,
+    target: str = "peft",
+    task_type: str | None = None,
+    base_model_name_or_path: str | None = None,
+) -> None:
+    """Writes one adapter as a directory that HF peft, or what reads peft's files, loads and computes the same with.
+
+    Tensors are written as they are. For `target="vllm"` and `"llama.cpp"`, which know one rank and one scale for all
+    layers, pairs that differ in either are padded with zeros to the largest rank, and their scale goes into B.
+
+    Args:
+        model: a model with adapters.
+        directory: made if it is not there; each of its two files is replaced whole.
+        name: the adapter.
+        target: "peft", "vllm" or "llama.cpp".
+        task_type: peft's word for the task, such as "CAUSAL_LM".
+        base_model_name_or_path: of the base; default what the model says of itself.
+
+    Raises:
+        AdapterError: an absent name, kinds, layers or mixtures that peft, or the target, cannot hold.
+        OSError: a file cannot be written.
+
+    Example:
+        >>> import torch, peftlib, tempfile, os
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+        >>> directory = tempfile.mkdtemp()
+        >>> peftlib.hf.save(model, directory)
+        >>> sorted(os.listdir(directory))
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    if target not in _TARGETS:
+        raise AdapterError(f"target={target!r} is none of {', '.join(map(repr, _TARGETS))}. Pass one of them.")
+    require(model, (name,))
+    found = [(model.get_submodule(host_name), adapter) for host_name, _, adapter in adapters(model, name)]
+    config, tensors = _files(model, found, target)
+    base = base_model_name_or_path or getattr(model, "name_or_path", None) or None
+    virtual = "CAUSAL_LM" if "num_virtual_tokens" in config else None  # peft puts them in for a known task alone
+    config |= {"task_type": task_type or virtual, "base_model_name_or_path": base}
+    os.makedirs(directory, exist_ok=True)
+    where = os.fspath(directory)
+    with replacing(os.path.join(where, NAME)) as text, replacing(os.path.join(where, _WEIGHTS)) as weights:
+        with open(text, "w", encoding="utf-8") as file:
+            file.write(written(config))
+        write_tensors(weights, _writable(tensors), {"format": "pt"})
+
+
+def _files(model: nn.Module, found: Found, target: str) -> tuple[Config, dict[str, Tensor]]:
+    kind = next((kind for kind in _WRITERS if any(isinstance(adapter, kind) for _, adapter in found)), None)
+    if kind is None:
+        return lora_files(model, found, target)
+    if target != "peft":
+        raise AdapterError(f'target={target!r} serves low-rank pairs alone, no {kind.__name__}. Choose target="peft".')
+    return _WRITERS[kind](model, found)
+
+
+def _writable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for key, tensor in tensors.items():
+        require_values(tensor, key)
+    return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+
+
+def inject(
+    model: nn.Module,
+    config: Mapping[str, Any] | Path,
+    *,
+    name: str = "default",
+    freeze: bool = True,
+) -> list[str]:
+    """Puts fresh adapters into a model as a configuration of HF peft asks for them.
+
+    Args:
+        model: any module; it is changed in place and stays the same object.
+        config: the keys of a `LoraConfig`, or the path of an `adapter_config.json`.
+        name: of the adapter.
+        freeze: sets `requires_grad=False` on all that the model holds outside adapters.
+
+    Returns:
+        list[str]: the qualified names of the hosts, in the model's order.
+
+    Raises:
+        AdapterError: keys that are not understood, targets that match nothing, layers on which peft computes something
+            else, and what `inject` refuses.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> peftlib.hf.inject(model, {"r": 2, "lora_alpha": 4, "target_modules": ["0"], "modules_to_save": ["1"]})
+        ['0', '1']
+    """
+    where = "config" if isinstance(config, Mapping) else os.fspath(config)
+    found = checked(config, where) if isinstance(config, Mapping) else read_config(config)
+    parts = _parts(model, found, None, where)
+    if not parts:
+        raise AdapterError(f"{where}: target_modules={found['target_modules']!r} matches no module. Correct it.")
+    return install_parts(model, parts, name, where, freeze=freeze)

@@ -1,0 +1,189 @@
+"""How HF peft lays out the low-rank pair of each kind of layer, and where it computes something else."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._core.adapter import owner_of, weight_of
+from .._errors import AdapterError
+from ..kinds._weight_layout import is_transposed_linear
+from .refusals import CONVS, class_of, is_module_target, refusal
+
+Shape = tuple[int, ...]
+Pair = tuple[Tensor, Tensor]
+
+
+class Layout:
+    """[rank, in] and [out, rank], and [rank, in, *kernel] and [out, rank, 1, ...]: as they are here."""
+
+    names = ("lora_A.weight", "lora_B.weight")
+    rank_dim = 0  # of A, and one less than that of B
+    times = 1
+
+    def __init__(self, host: nn.Module, param: str) -> None:
+        self.shape: Any = tuple(weight_of(host, param).shape)
+        if is_transposed_linear(host):
+            self.shape = self.shape[::-1]
+        owner, leaf = owner_of(host, param)
+        if isinstance(owner, nn.Linear) and leaf == "weight":  # a packed weight has another shape of its own
+            self.shape = (owner.out_features, owner.in_features)
+
+    def shapes(self, rank: int) -> tuple[Shape, Shape]:
+        """Of A and B in the file, for the rank in the file."""
+        return (rank, *self.shape[1:]), (self.shape[0], rank, *[1] * (len(self.shape) - 2))
+
+    def read(self, A: Tensor, B: Tensor) -> Pair:
+        return A, B
+
+    def write(self, A: Tensor, B: Tensor) -> Pair:
+        return A, B
+
+    def rank_of(self, A: Tensor) -> int:
+        """The rank of a pair here."""
+        return A.shape[self.rank_dim]
+
+    def rank_here(self, rank: int) -> int:
+        """The rank of a fresh pair here that has the rank `rank` in a file."""
+        return rank
+
+    def rank_there(self, rank: int) -> int:
+        """The rank in a file of a pair that has the rank `rank` here."""
+        return rank
+
+
+class Looked(Layout):
+    """An embedding [entries, dim]: [rank, entries] and [dim, rank]."""
+
+    names = ("lora_embedding_A", "lora_embedding_B")
+
+    def __init__(self, host: nn.Module, param: str) -> None:
+        super().__init__(host, param)
+        self.shape = self.shape[::-1]
+
+
+class Grouped(Layout):
+    """A convolution in groups: [rank, in, *kernel], which sees every channel, and [out, rank/groups, 1, ...].
+
+    Here A [rank, in/groups, *kernel] is shared by the groups. Where each slice of peft's A is zero outside the channels
+    of its own group, both are the same function."""
+
+    def __init__(self, host: Any, param: str) -> None:
+        super().__init__(host, param)
+        self.groups: int = host.groups
+
+    def shapes(self, rank: int) -> tuple[Shape, Shape]:
+        out, part, *kernel = self.shape
+        return (rank, part * self.groups, *kernel), (out, rank // self.groups, *[1] * len(kernel))
+
+    def rank_here(self, rank: int) -> int:
+        if rank % self.groups:
+            raise AdapterError(
+                f"r={rank} is no multiple of the {self.groups} groups of the convolution. Choose one that is."
+            )
+        return rank // self.groups
+
+    def rank_there(self, rank: int) -> int:
+        return rank * self.groups
+
+    def write(self, A: Tensor, B: Tensor) -> Pair:
+        rank, part, *kernel = A.shape
+        wide = A.new_zeros(self.groups, rank, self.groups, part, *kernel)
+        for group in range(self.groups):
+            wide[group, :, group] = A
+        return wide.reshape(self.groups * rank, self.groups * part, *kernel), B
+
+    def read(self, A: Tensor, B: Tensor) -> Pair:
+        out, part, *kernel = self.shape
+        wide = A.view(self.groups, -1, self.groups, part, *kernel)
+        own = torch.stack([wide[group, :, group] for group in range(self.groups)])  # [groups, rank, in/groups, ...]
+        if wide.count_nonzero() != own.count_nonzero():
+            raise AdapterError(
+                f"lora_A mixes the channels of the {self.groups} groups, which no weight of a grouped convolution "
+                "does. Leave this layer out when training with peft."
+            )
+        if all(torch.equal(own[0], each) for each in own):
+            return own[0].contiguous(), B
+        rank = own.shape[1]
+        apart = B.new_zeros(self.groups, out // self.groups, self.groups, rank, *[1] * len(kernel))
+        for group, rows in enumerate(B.view(self.groups, out // self.groups, rank, *[1] * len(kernel))):
+            apart[group, :, group] = rows
+        return own.flatten(0, 1), apart.reshape(out, self.groups * rank, *[1] * len(kernel))
+
+
+class OutProjection(Layout):
+    """Of an attention, which peft 0.21 and the versions before it add twice: in its own merge, and in the layer's."""
+
+    times = 2
+
+
+class Stacked(Layout):
+    """A parameter [experts, out, in]: [experts·rank, in] and [out, rank·experts], the experts last."""
+
+    rank_dim = 1
+
+    def shapes(self, rank: int) -> tuple[Shape, Shape]:
+        experts, out, inputs = self.shape
+        return (experts * rank, inputs), (out, rank * experts)
+
+    def read(self, A: Tensor, B: Tensor) -> Pair:
+        experts, out, inputs = self.shape
+        stacked_B = B.reshape(out, -1, experts).permute(2, 0, 1)
+        return A.reshape(experts, -1, inputs), stacked_B.contiguous()
+
+    def write(self, A: Tensor, B: Tensor) -> Pair:
+        return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1).contiguous()
+
+
+class StackedAcross(Stacked):
+    """A parameter [experts, in, out] of a module that calls itself `is_transposed`: A and B change places."""
+
+    def shapes(self, rank: int) -> tuple[Shape, Shape]:
+        experts, inputs, out = self.shape
+        return (experts * rank, inputs), (out, rank * experts)
+
+    def read(self, A: Tensor, B: Tensor) -> Pair:
+        experts, inputs, out = self.shape
+        as_A = B.reshape(out, -1, experts).permute(2, 1, 0)  # [experts, rank, out]
+        return as_A.contiguous(), A.reshape(experts, -1, inputs).transpose(1, 2).contiguous()
+
+    def write(self, A: Tensor, B: Tensor) -> Pair:
+        return B.transpose(1, 2).flatten(0, 1).contiguous(), A.permute(2, 1, 0).flatten(1).contiguous()
+
+
+def magnitude_shape(layout: Layout, host: nn.Module, param: str) -> Shape:
+    """Of DoRA's magnitude in the file."""
+    if isinstance(host, nn.MultiheadAttention) or isinstance(layout, Grouped) or not is_module_target(host, param):
+        raise AdapterError(
+            f"{class_of(host)}.{param}: peft has no sound DoRA for it. Use LoRA there, or leave this layer out."
+        )
+    out, _, *kernel = layout.shape
+    return (1, out, *[1] * len(kernel)) if kernel else (out,)
+
+
+def layout_of(host: nn.Module, param: str) -> Layout:
+    """The layout of one weight in peft's files; refused where peft cannot adapt it, or would compute something else."""
+    owner, leaf = owner_of(host, param)
+    reason = refusal(host, param)
+    if reason:
+        raise AdapterError(f"{class_of(owner)}.{leaf}: {reason}. Leave this layer out.")
+    if not is_module_target(host, param):
+        return _stacked(owner, param, weight_of(host, param).dim(), host)
+    if isinstance(host, nn.MultiheadAttention) and param == "out_proj.weight":
+        return OutProjection(host, param)
+    if isinstance(owner, nn.Embedding):
+        return Looked(host, param)
+    if isinstance(owner, CONVS) and owner.groups > 1:
+        return Grouped(host, param)
+    return Layout(host, param)
+
+
+def is_linear(layout: Layout) -> bool:
+    """A plain pair of matrices."""
+    return type(layout) is Layout and len(layout.shape) == 2
+
+
+def _stacked(owner: nn.Module, param: str, dims: int, host: nn.Module) -> Layout:
+    if dims == 2:
+        return Layout(host, param)
+    return StackedAcross(host, param) if getattr(owner, "is_transposed", False) else Stacked(host, param)

@@ -1,0 +1,1 @@
+"""Training: layer groups, gradual unfreezing, learning rates, and loss terms."""

@@ -1,0 +1,122 @@
+"""Learning rates by depth and over time: discriminative fine-tuning, and the slanted triangle."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from .._errors import AdapterError
+from .layer_groups import LayerGroup
+
+
+def discriminative_lr(
+    groups: Sequence[LayerGroup],
+    lr: float,
+    decay: float = 2.6,
+    *,
+    weight_decay: float | None = None,
+    times: Callable[[str, torch.nn.Parameter], float] | None = None,
+) -> list[dict[str, Any]]:
+    r"""Parameter groups for an optimizer: the deeper a layer group lies, the lower its learning rate
+    (Howard and Ruder 2018).
+
+    .. math:: \eta_l = \eta \cdot \text{decay}^{-l}, \qquad l = 0 \text{ for the top group}
+
+    Args:
+        groups: from `layer_groups`, from input to output.
+        lr: η, of the top group.
+        decay: by what the rate is divided from one group to the next below; 1 for the same rate everywhere.
+        weight_decay: for matrices; norms, biases and whatever else has fewer than two dimensions get none. Default:
+            the optimizer's own for all.
+        times: `times(name, parameter)`, a factor of its own for a parameter's rate: LoRA+ (Hayou et al. 2024) is
+            `lambda name, p: 16 if name.endswith("lora_B") else 1`.
+
+    Returns:
+        list[dict[str, Any]]: with "params", "lr" and "name", and "weight_decay" if it was asked for.
+
+    Raises:
+        AdapterError: no group, a rate or a decay that is not positive.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> groups = peftlib.layer_groups(model)
+        >>> optimizer = torch.optim.SGD(peftlib.discriminative_lr(groups, lr=2.6), momentum=0.9)
+        >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
+        [('0', 1.0), ('1', 2.6)]
+    """
+    if not groups:
+        raise AdapterError("discriminative_lr: there is no group. Pass those of layer_groups(model).")
+    for name, value in (("lr", lr), ("decay", decay)):
+        if not 0 < value < float("inf"):
+            raise AdapterError(f"discriminative_lr: {name}={value!r} is not a positive number. Pass {name}=2.6, say.")
+    found: dict[tuple[int, float, bool], dict[str, Any]] = {}
+    for depth, group in zip(reversed(range(len(groups))), groups, strict=True):
+        for name, p in group.parameters.items():
+            factor, decays = (times(name, p) if times else 1.0), p.dim() >= 2
+            key = depth, factor, weight_decay is None or decays
+            if key not in found:
+                title = [group.name, f"times {factor:g}" if factor != 1 else "", "" if key[2] else "no weight decay"]
+                found[key] = {"params": [], "lr": lr * decay**-depth * factor, "name": ", ".join(filter(None, title))}
+                if weight_decay is not None:
+                    found[key]["weight_decay"] = weight_decay if decays else 0.0
+            found[key]["params"].append(p)
+    return list(found.values())
+
+
+class SlantedTriangular(LRScheduler):
+    r"""A short steep rise and a long fall of the learning rate (Howard and Ruder 2018).
+
+    .. math:: \eta_t = \eta_{\max} \frac{1 + p\,(\text{ratio} - 1)}{\text{ratio}}, \qquad
+        p = \begin{cases} t / \text{cut} & t < \text{cut} \\
+        1 - \frac{t - \text{cut}}{\text{cut}\,(1/\text{cut\_frac} - 1)} & \text{else} \end{cases}, \qquad
+        \text{cut} = \lfloor T \cdot \text{cut\_frac} \rfloor
+
+    After T steps the rate stays where it ended.
+
+    Args:
+        optimizer: whose rates, each group's own, are the maxima.
+        total_steps: T.
+        cut_frac: the share of the steps in which the rate rises.
+        ratio: the highest rate over the lowest.
+        last_epoch: the step to go on from; default -1, from the start.
+
+    Raises:
+        AdapterError: fewer than one step of rise, a share outside (0, 1), a ratio below 1.
+
+    Example:
+        >>> import torch, peftlib
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=3.2)
+        >>> scheduler = peftlib.SlantedTriangular(optimizer, total_steps=100)
+        >>> round(optimizer.param_groups[0]["lr"], 2)
+        0.1
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        cut_frac: float = 0.1,
+        ratio: float = 32.0,
+        last_epoch: int = -1,
+    ) -> None:
+        if not 0 < cut_frac < 1 or int(total_steps * cut_frac) < 1:
+            raise AdapterError(
+                f"SlantedTriangular: {cut_frac!r} of {total_steps} steps is no rise. Pass a share in (0, 1) that gives "
+                "at least one step."
+            )
+        if not 1 <= ratio < float("inf"):
+            raise AdapterError(f"SlantedTriangular: ratio={ratio!r} is below 1. Pass ratio=32, say.")
+        self.cut, self.cut_frac, self.ratio = int(total_steps * cut_frac), cut_frac, ratio
+        super().__init__(optimizer, last_epoch)
+
+    def get_lr(self) -> list[Any]:
+        """The closed form at `last_epoch`: exact after a resume.
+
+        Returns:
+            list[Any]: a rate for each group.
+        """
+        t, cut = self.last_epoch, self.cut
+        p = t / cut if t < cut else max(0.0, 1 - (t - cut) / (cut * (1 / self.cut_frac - 1)))
+        return [rate * (1 + p * (self.ratio - 1)) / self.ratio for rate in self.base_lrs]

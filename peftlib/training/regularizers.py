@@ -1,0 +1,203 @@
+"""Loss terms that hold weights near where they began: L2-SP and elastic weight consolidation."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._core.targets import Targets, select
+from .._errors import AdapterError
+
+
+class L2SP(nn.Module):
+    r"""Weight decay towards the starting point in place of zero (Li, Grandvalet and Davoine 2018).
+
+    .. math:: \Omega(w) = \tfrac{\alpha}{2} \lVert w - w^0 \rVert^2 + \tfrac{\beta}{2} \lVert w_{\text{new}} \rVert^2
+
+    Make it before training: :math:`w^0` is what the weights are then, and is kept as a copy of them. Call it at each
+    step and add what it returns to the loss; set the optimizer's own weight decay to zero. Its `state_dict` holds
+    :math:`w^0`, so that a resumed run is held to the same point.
+
+    Args:
+        model: whose floating-point parameters are held, each once.
+        alpha: α, the strength towards the starting point.
+        beta: β, the strength towards zero for what has no meaningful start.
+        new: modules (as for `inject`: globs, types, predicates) that begin untrained, such as a new head.
+        targets: the modules whose parameters are held, those of their children included; default all of the model.
+
+    Raises:
+        AdapterError: a target that matches nothing, nothing to hold, a negative strength.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+        >>> near = peftlib.L2SP(model, alpha=0.1, new="1")
+        >>> loss = model(torch.ones(1, 4)).sum() + near()
+    """
+
+    _model: nn.Module
+
+    def __init__(
+        self, model: nn.Module, alpha: float = 0.1, beta: float = 0.01, *, new: Targets = (), targets: Targets = ()
+    ) -> None:
+        super().__init__()
+        _require_strength("alpha", alpha)
+        _require_strength("beta", beta)
+        self.alpha, self.beta = alpha, beta
+        self.__dict__["_model"] = model  # no child: a term of the loss owns no weight of the model
+        self.new = list(_parameters(model, new)) if new else []
+        held = {name: p for name, p in _parameters(model, targets).items() if name not in self.new}
+        self.start = _values(held)
+
+    def forward(self) -> Tensor:
+        """Returns:
+        Tensor: Ω, a scalar in float32 or wider.
+        """
+        now = dict(self._model.named_parameters())
+        terms = [_square(now[name] - w0).sum() * (self.alpha / 2) for name, w0 in _named(self.start)]
+        return _total(terms + [_square(now[name]).sum() * (self.beta / 2) for name in self.new])
+
+
+class EWC(nn.Module):
+    r"""Elastic weight consolidation: each weight is held as firmly as the old task needs it (Kirkpatrick et al. 2017).
+
+    .. math:: \Omega(\theta) = \tfrac{\lambda}{2} \sum_i F_i (\theta_i - \theta^*_i)^2, \qquad
+        F_i = \tfrac1N \sum_{n=1}^N \Bigl(\tfrac{\partial \log p(y_n \mid x_n)}{\partial \theta_i}\Bigr)^2
+
+    F is the diagonal of the Fisher information at the weights as they are now. Every example is differentiated by
+    itself, because the square of a mean of gradients is not the mean of their squares: one backward pass over its
+    batch for each, so that batches of one are the cheapest. The model is in eval mode meanwhile, and neither its
+    gradients nor its flags change. With labels drawn from the model's own prediction F is the Fisher information; with
+    the labels of the data it is the empirical one.
+
+    Args:
+        model: whose floating-point parameters are held, frozen ones too, each once.
+        batches: any iterable of batches of the old task, run through once.
+        losses: `losses(model, batch)` gives -log p(y|x) of every example, [examples]; each may depend on its own
+            example only.
+        strength: λ.
+        targets: the modules whose parameters are held, those of their children included; default all of the model.
+
+    Raises:
+        AdapterError: a target that matches nothing, nothing to hold, no example, losses that are no vector, a negative
+            strength.
+
+    Example:
+        >>> import torch, peftlib
+        >>> model = torch.nn.Linear(4, 3)
+        >>> def losses(model, batch):
+        ...     log_p = model(batch).log_softmax(-1)
+        ...     drawn = torch.distributions.Categorical(logits=log_p).sample()
+        ...     return -log_p.gather(-1, drawn[:, None])[:, 0]
+        >>> hold = peftlib.EWC(model, torch.randn(2, 8, 4), losses, strength=100.0)
+        >>> loss = model(torch.ones(1, 4)).sum() + hold()
+    """
+
+    _model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        losses: Callable[[Any, Any], Tensor],
+        strength: float = 1.0,
+        *,
+        targets: Targets = (),
+    ) -> None:
+        super().__init__()
+        _require_strength("strength", strength)
+        self.strength = strength
+        self.__dict__["_model"] = model  # no child: a term of the loss owns no weight of the model
+        held = _parameters(model, targets)
+        self.start = _values(held)
+        with _watched(model, held.values()):
+            fisher = _fisher(model, list(held.values()), batches, losses)
+        self.fisher = _values(dict(zip(held, fisher, strict=True)))
+
+    def forward(self) -> Tensor:
+        """Returns:
+        Tensor: Ω, a scalar in float32 or wider.
+        """
+        now, start = dict(self._model.named_parameters()), dict(_named(self.start))
+        terms = [(F * _square(now[name] - start[name])).sum() for name, F in _named(self.fisher)]
+        return _total(terms) * (self.strength / 2)
+
+
+def _parameters(model: nn.Module, targets: Targets) -> dict[str, nn.Parameter]:
+    """The floating-point parameters of the chosen modules, each once and under its first name in the model."""
+    chosen = [model] if targets == () else [module for _, module in select([*model.named_modules()], targets)]
+    inside = {id(p) for module in chosen for p in module.parameters()}
+    found = {name: p for name, p in model.named_parameters() if id(p) in inside and p.is_floating_point()}
+    if not found:
+        raise AdapterError(f"targets={targets!r}: no floating-point parameter to hold. Choose modules with weights.")
+    return found
+
+
+def _values(tensors: dict[str, Any]) -> nn.Module:
+    """Copies, as buffers of a module: they follow `to` and are in its `state_dict`."""
+    copies = nn.Module()
+    for name, tensor in tensors.items():
+        copies.register_buffer(name.replace(".", "/"), tensor.detach().clone())
+    return copies
+
+
+def _named(values: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name.replace("/", "."), tensor) for name, tensor in values.named_buffers())
+
+
+def _square(difference: Tensor) -> Tensor:
+    return difference.to(torch.promote_types(difference.dtype, torch.float32)).square()
+
+
+def _total(terms: list[Tensor]) -> Tensor:
+    """Their sum; sharded parameters give a sharded term each, and the loss is a plain tensor."""
+    plain: list[Any] = [term.full_tensor() if hasattr(term, "full_tensor") else term for term in terms]  # pyright: ignore
+    return torch.stack([term.to(plain[0].device) for term in plain]).sum()
+
+
+def _fisher(
+    model: nn.Module, held: list[nn.Parameter], batches: Iterable[Any], losses: Callable[[Any, Any], Tensor]
+) -> list[Tensor]:
+    sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in held]
+    count = 0
+    for batch in batches:
+        found = losses(model, batch)
+        if found.dim() != 1:
+            raise AdapterError(
+                f"EWC: losses gave a tensor of shape {tuple(found.shape)}, not one loss for each example. "
+                'Use reduction="none", and sum what belongs to one example.'
+            )
+        count += len(found)
+        for n, loss in enumerate(found, start=1):
+            gradients = torch.autograd.grad(loss, held, retain_graph=n < len(found), allow_unused=True)
+            for total, gradient in zip(sums, gradients, strict=True):
+                if gradient is not None:
+                    total += _square(gradient)
+    if not count:
+        raise AdapterError("EWC: batches gave no example. Pass a data loader or a list; an iterator runs only once.")
+    return [total / count for total in sums]
+
+
+@contextlib.contextmanager
+def _watched(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """In eval mode and with all of these differentiable; afterwards as before."""
+    training = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad) for p in parameters]
+    try:
+        model.eval()
+        for p, _ in flags:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, on in training:
+            module.training = on
+        for p, on in flags:
+            p.requires_grad_(on)
+
+
+def _require_strength(name: str, value: float) -> None:
+    if not 0 <= value < float("inf"):
+        raise AdapterError(f"{name}={value!r}: a strength is a finite number of at least 0. Pass {name}=0.1, say.")
