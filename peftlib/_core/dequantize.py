@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kinds._weight_layout import packed_as
 from .clone import face
 from .host import adapters_of, base_type, become, parts, require_unwrapped
 from .merged_weights import full_precision
-from .quantized import wraps_others
+from .quantized import packed_as, wraps_others
 from .walk import hosts
 
 _ROWS = 256  # of the identity at a time: of 8192 inputs they take 8 MB, all at once 256 MB

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import AdapterError
-from ..kinds._weight_layout import packed_as
 from .accelerate import is_offloaded
-from .adapter import Adapter, fold_all, owner_of, shadowed
+from .adapter import Adapter, fold_all
 from .clone import face
 from .host import is_host, parts
+from .override import owner_of, shadowed
+from .quantized import packed_as
 from .walk import candidates, hosts
 
 

@@ -1,9 +1,11 @@
-"""Tensors around others, as quantisation libraries make them: how one is known, and what stands for it on meta."""
+"""Quantized weights: how one is known, what shape it stands for, and what stands for it on the meta device."""
 
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .override import weight_of
 
 
 def wraps_others(tensor: Tensor) -> bool:
@@ -19,3 +21,31 @@ def meta_stand_in(tensor: Tensor) -> Tensor:
 @functools.cache
 def _named_as(cls: type) -> type[Tensor]:
     return type(cls.__name__, (Tensor,), {"__tensor_flatten__": None})
+
+
+Shape = tuple[int, ...]
+
+
+def weight_shape(host: nn.Module, path: str) -> Shape:
+    """The shape that the weight stands for: a packed quantised weight has another one of its own."""
+    weight: Tensor = weight_of(host, path)
+    if isinstance(host, nn.Linear) and path == "weight":
+        return (host.out_features, host.in_features)
+    return tuple(weight.shape)
+
+
+def packed_as(host: nn.Module, path: str) -> str | None:
+    """How a weight is quantised, in words: a tensor around others, whole numbers, or another shape than it stands for.
+    None where it is plain, or shards of what is plain."""
+    weight = weight_of(host, path)
+    if wraps_others(weight):
+        return f"{type(weight).__name__} of {weight.dtype}"
+    if not weight.is_floating_point() and not weight.is_complex():
+        return str(weight.dtype)
+    return None if tuple(weight.shape) == weight_shape(host, path) else f"{list(weight.shape)} of {weight.dtype}"
+
+
+def unreal_as(host: nn.Module, path: str) -> str | None:
+    """What a weight is, in words, that has no real numbers of its own to copy or to measure: packed, or complex."""
+    weight = weight_of(host, path)
+    return str(weight.dtype) if weight.is_complex() else packed_as(host, path)

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from ..kinds._weight_layout import weight_shape
 from .adapter import Adapter
 from .placement import build, places
+from .quantized import weight_shape
 from .table import size, table
 from .targets import Targets
 from .walk import adapters, candidates, require

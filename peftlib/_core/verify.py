@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import AdapterError
-from ..kinds._weight_layout import packed_as
 from .accelerate import is_offloaded
 from .adapter import Adapter, has_weight_form
 from .merge import merged
+from .quantized import packed_as
 from .walk import adapters, candidates, require
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .._core.merge import base_weight
+from .._core.quantized import weight_shape
 from .._core.walk import candidates
-from ..kinds._weight_layout import weight_shape
 
 _SAMPLES = 64
 _NARROW = (torch.bfloat16, torch.float16)

@@ -10,7 +10,8 @@ from .._core.foreign import reader_of
 from .._core.walk import candidates
 from .._errors import AdapterError
 from ..files.parts import Part
-from ..kinds._weight_layout import is_transposed_linear, term_of
+from ..kinds._low_rank import term_of
+from ..kinds._weight_layout import is_transposed_linear
 from ..kinds.full import Full
 from ..kinds.ia3 import IA3
 from .config import Config

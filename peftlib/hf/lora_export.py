@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._core.adapter import owner_of
+from .._core.override import owner_of
 from .._errors import AdapterError
-from ..kinds._weight_layout import is_transposed_linear, term_of
+from ..kinds._low_rank import term_of
+from ..kinds._weight_layout import is_transposed_linear
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
 from .config import Config, plain

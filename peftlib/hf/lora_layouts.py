@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.adapter import owner_of, weight_of
+from .._core.override import owner_of, weight_of
 from .._errors import AdapterError
 from ..kinds._weight_layout import is_transposed_linear
 from .refusals import CONVS, class_of, is_module_target, refusal

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.adapter import weight_of
 from .._core.foreign import reader_of
+from .._core.override import weight_of
 from .._core.walk import candidates
 from .._errors import AdapterError
 from ..files.parts import Part
-from ..kinds._weight_layout import term_of
+from ..kinds._low_rank import term_of
 from ..kinds.dora import DoRA
 from ..kinds.full import Full
 from ..kinds.lora import LoRA

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._core.adapter import Adapter, weight_of
+from .._core.adapter import Adapter
+from .._core.override import weight_of
 from .._core.walk import candidates
 from .._errors import AdapterError
 from ..kinds.dora import DoRA

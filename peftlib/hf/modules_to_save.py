@@ -4,7 +4,8 @@ import itertools
 
 from torch import Tensor, nn
 
-from .._core.adapter import Adapter, owner_of, weight_of
+from .._core.adapter import Adapter
+from .._core.override import owner_of, weight_of
 from .._core.walk import candidates
 from .._errors import AdapterError
 from ..kinds.full import Full

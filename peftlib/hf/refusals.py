@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import nn
 
-from .._core.adapter import owner_of, weight_of
 from .._core.host import base_type
-from ..kinds._weight_layout import is_transposed_linear, term_of
+from .._core.override import owner_of, weight_of
+from ..kinds._low_rank import term_of
+from ..kinds._weight_layout import is_transposed_linear
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 OWN_FORWARD = "{} has a forward of its own: peft adds the pair beside it, and here it is in the weight"

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.adapter import as_weights, fold_all, shadowed, unwound, weight_of
+from .._core.adapter import as_weights, fold_all, unwound
+from .._core.override import shadowed, weight_of
+from .._core.quantized import unreal_as
 from .._errors import AdapterError
 from ..kernels import dora_norm
-from ._weight_layout import TransposedKernel, unreal_as
+from ._weight_layout import TransposedKernel
 from .lora import LoRA
 
 

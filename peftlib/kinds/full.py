@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.adapter import Adapter, owner_of, trainable_dtype, weight_of
+from .._core.adapter import Adapter, trainable_dtype
 from .._core.host import is_host
+from .._core.override import owner_of, weight_of
+from .._core.quantized import unreal_as
 from .._errors import AdapterError
-from ._weight_layout import unreal_as
 
 _OWN = "own"
 

@@ -10,7 +10,8 @@ from .._core.adapter import Adapter, trainable_dtype
 from .._core.host import base_type
 from .._errors import AdapterError
 from ._features import features_of
-from ._weight_layout import is_transposed_linear, term_of
+from ._low_rank import term_of
+from ._weight_layout import is_transposed_linear
 
 _SIDES = ("output", "input")
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

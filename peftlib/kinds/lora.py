@@ -9,22 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.adapter import Adapter, tensors_of, trainable_dtype, weight_of
+from .._core.adapter import Adapter, trainable_dtype
 from .._core.host import runs_bare
+from .._core.override import tensors_of, weight_of
+from .._core.quantized import unreal_as, weight_shape
 from .._errors import AdapterError
 from ..kernels import dropped, join_pairs, lora_add, lora_embedding, lora_linear
-from ._weight_layout import (
-    embedding_term,
-    form_of,
-    is_plain_linear,
-    linear_term,
-    matrices_of,
-    principal_pair,
-    require_shadow,
-    term_of,
-    unreal_as,
-    weight_shape,
-)
+from ._low_rank import embedding_term, is_plain_linear, linear_term, require_shadow, term_of
+from ._weight_layout import form_of, matrices_of, principal_pair
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
 

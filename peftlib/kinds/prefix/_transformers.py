@@ -8,8 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..._core.adapter import shadowed
 from ..._core.host import base_type
+from ..._core.override import shadowed
 from ..._errors import AdapterError
 from ._context import Front, visible
 from ._flex import blocks_in_front
