@@ -8,7 +8,7 @@ from ._core.activate import activate as activate
 from ._core.activate import train_only as train_only
 from ._core.activate import view as view
 from ._core.adapter import Adapter as Adapter
-from ._core.inject import eject as eject
+from ._core.eject import eject as eject
 from ._core.inject import inject as inject
 from ._core.merge import merge as merge
 from ._core.merge import merged as merged

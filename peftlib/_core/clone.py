@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .accelerate import hook_of
+from .foreign import hook_of
 from .quantized import meta_stand_in, wraps_others
 
 

@@ -11,10 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._errors import AdapterError
-from .accelerate import is_bound, place_of_forward
 from .adapter import Adapter
 from .clone import unshadowed
-from .foreign import FAST_PATHS
+from .foreign import FAST_PATHS, is_bound, place_of_forward
 
 _INNER = "_inner_forward"
 _KEPT = {

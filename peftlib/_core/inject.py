@@ -1,21 +1,47 @@
-"""Putting adapters into a model and taking them out, all or nothing."""
+"""Putting adapters into a model: which one goes where is decided before the model is touched, then all or nothing."""
 
-from typing import Any, Literal, overload
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._errors import AdapterError
-from .adapter import Adapter
-from .dequantize import dequantise
-from .foreign import fast_paths_around
-from .host import Selection, adapters_of, adopt, all_or_nothing, parts, put, release, require_on_top, take
-from .merge import forget_backups, unmerge
-from .merge import merge as fold_in
-from .placement import Placed, build, places, require_free, require_name
-from .targets import Targets
-from .walk import candidates, hosts, require, require_no_views, share_selection
+from .adapter import Adapter, full_config
+from .clone import face
+from .foreign import fast_paths_around, present, reader_of
+from .host import (
+    Adapters,
+    adapters_of,
+    adopt,
+    all_or_nothing,
+    is_host,
+    put,
+)
+from .targets import Targets, select
+from .walk import adapters, candidates, hosts, require_no_views, share_selection
 
 _FROZEN = "_peftlib_frozen"
+
+
+class Part(NamedTuple):
+    """One adapter to be: where, of which type, with which keywords, and, where it was trained before, its tensors by
+    their keys in a file. Without tensors it starts fresh."""
+
+    host_name: str
+    host: nn.Module
+    kind: type[Adapter]
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor] | None = None
+
+
+class Placed(NamedTuple):
+    """One adapter that is made and ready for its host."""
+
+    host_name: str
+    host: nn.Module
+    adapter: Adapter
 
 
 def inject(
@@ -58,7 +84,7 @@ def inject(
     """
     require_name(name)
     require_changeable(model, "inject")
-    placed = [build(place, kind, name) for place in places(model, targets, kind, exclude, config)]
+    placed = [build(part, name) for part in parts_to_inject(model, targets, kind, exclude, config)]
     require_free(model, placed)
     install(model, placed, freeze=freeze)
     return list(dict.fromkeys(item.host_name for item in placed))
@@ -86,113 +112,6 @@ def require_changeable(model: nn.Module, doing: str) -> None:
             raise AdapterError(f"{doing}: {', '.join(selection.merged)} is merged into the base. Call unmerge first.")
 
 
-@overload
-def eject(
-    model: nn.Module, name: str | None = None, *, merge: bool = False, dequantize: Literal[False] = False
-) -> None: ...
-@overload
-def eject(
-    model: nn.Module, name: str | None = None, *, merge: Literal[True], dequantize: Literal[True]
-) -> dict[str, float]: ...
-def eject(
-    model: nn.Module, name: str | None = None, *, merge: bool = False, dequantize: bool = False
-) -> dict[str, float] | None:
-    r"""Takes adapters out without a trace: class, attributes, state-dict keys and `requires_grad` are as they were.
-
-    With `dequantize` each quantised linear layer that the merged adapters are on becomes an `nn.Linear` in float32 that
-    holds the weight with which it computes. The result says how far each of them then is from the live one:
-
-    .. math:: \frac{\lVert Y_{\mathrm{merged}} - Y_{\mathrm{live}} \rVert_F}{\lVert Y_{\mathrm{live}} \rVert_F}
-        \quad\text{for 64 standard normal inputs}
-
-    Args:
-        model: a model with adapters.
-        name: the adapter to take out; default all of them.
-        merge: first fold it (default: the active ones) into the base, for good.
-        dequantize: with `merge`, also into quantised linear layers, whose codes cannot hold the result.
-
-    Returns:
-        With `dequantize`, the relative error of each layer that was quantised, by name; else None.
-
-    Raises:
-        AdapterError: an absent name, a merged model without `merge=True`, a class that something put above the
-            adapted one, a live view, `dequantize` without `merge`, or on a layer that runs another forward than its
-            class's; and what `merge` refuses.
-
-    Example:
-        >>> import torch, peftlib
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-        >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
-        >>> peftlib.eject(model)
-        >>> type(model[0]) is torch.nn.Linear
-        True
-    """
-    selection = require(model, () if name is None else (name,))
-    if dequantize:
-        return _eject_dequantised(model, name, merge)
-    if not merge:
-        require_changeable(model, "eject")
-        _take_out(model, name)
-        return None
-    folded_before = _fold_for_good(model, selection, name)
-    try:
-        _take_out(model, name)
-    except BaseException:
-        if not folded_before:
-            unmerge(model)
-        raise
-    selection.active = tuple(other for other in selection.aside if other in selection.count)
-    selection.merged = ()
-    forget_backups(model)
-    return None
-
-
-def _eject_dequantised(model: nn.Module, name: str | None, merge: bool) -> dict[str, float]:
-    if not merge:
-        raise AdapterError(
-            "eject: dequantize=True without merge=True would only make the base larger. Pass both, or neither."
-        )
-    require_changeable(model, "eject")
-    names = require(model).active if name is None else (name,)
-    with all_or_nothing(model):
-        probes = dequantise(model, names)
-        fold_in(model, *names)
-        try:
-            errors = {host_name: probe.error() for host_name, probe in probes.items()}
-            eject(model, name, merge=True)
-        except BaseException:
-            unmerge(model)
-            raise
-    return errors
-
-
-def _fold_for_good(model: nn.Module, selection: Selection, name: str | None) -> bool:
-    """Whether the model was merged already."""
-    names = () if name is None else (name,)
-    if not selection.merged:
-        fold_in(model, *names)
-        return False
-    require_no_views(selection, "eject")
-    if names and selection.merged != names:
-        raise AdapterError(f"eject: {', '.join(selection.merged)} is merged, not {name!r} alone. Call unmerge first.")
-    return True
-
-
-def _take_out(model: nn.Module, name: str | None) -> None:
-    leaving = [(host, adapter) for _, host in hosts(model) for adapter in parts(host, name and (name,))]
-    with all_or_nothing(model):
-        for host, adapter in leaving:
-            take(host, adapter)
-        adapted = {id(host) for _, host in hosts(model) if parts(host)}
-        needed = adapted | {id(around) for around in fast_paths_around(model, adapted)}
-        for host_name, host in [*hosts(model)]:
-            if id(host) not in needed:
-                require_on_top(host_name, host)
-                release(host)
-        if not adapted:
-            _thaw(model)
-
-
 def _freeze(model: nn.Module) -> None:
     """Remembers on each module which of its parameters trained: names outlive parameters that others replace."""
     for _, module in candidates(model):
@@ -203,9 +122,98 @@ def _freeze(model: nn.Module) -> None:
                 module.get_parameter(leaf).requires_grad_(False)
 
 
-def _thaw(model: nn.Module) -> None:
-    for module in model.modules():
-        for leaf in module.__dict__.pop(_FROZEN, ()):
-            parameter = module._parameters.get(leaf)  # gone where something pruned, parametrized or packed it since
-            if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
-                parameter.requires_grad_(True)
+def parts_to_inject(
+    model: nn.Module, targets: Targets, kind: type[Adapter], exclude: Targets, config: dict[str, Any]
+) -> list[Part]:
+    require_kind(kind)
+    hits = {id(module): module for _, module in select(candidates(model, aliases=True), targets, exclude)}
+    first_named = [(name, module) for name, module in candidates(model) if id(module) in hits]
+    return list(_parts(model, first_named, kind, config))
+
+
+def _parts(model: nn.Module, hits: list[tuple[str, nn.Module]], kind: type[Adapter], config: Any) -> Iterator[Part]:
+    for name, module in hits:
+        host_name, host, inner = reader_of(model, name, module)
+        require_adaptable(host_name, host)
+        try:
+            kind.require_place(model, host_name, host)
+            configs = kind.split(host, inner, config)
+        except AdapterError as error:
+            raise AdapterError(f"cannot put {kind.__name__} into {name or 'the root'}: {error}") from None
+        yield from (Part(host_name, host, kind, one) for one in configs)
+
+
+def build(part: Part, name: str, on_meta: bool = False) -> Placed:
+    """Constructs the adapter; on the meta device it costs nothing and draws nothing."""
+    try:
+        adapter = _on_meta(part) if on_meta else _on_host(part)
+        adapter.config = full_config(part.kind, part.config)
+    except AdapterError as error:
+        raise AdapterError(f"cannot put {part.kind.__name__} into {part.host_name or 'the root'}: {error}") from None
+    adapter.name = name
+    adapter.train(part.host.training)
+    return Placed(part.host_name, part.host, adapter)
+
+
+def _on_host(part: Part) -> Adapter:
+    with present(part.kind.reads(part.host)):
+        return part.kind(part.host, **part.config)
+
+
+def _on_meta(part: Part) -> Adapter:
+    try:
+        return part.kind(face(part.host, meta=True), **part.config)
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+        return _on_host(part)  # this kind reads its host's values
+
+
+def require_kind(kind: Any) -> None:
+    if not (isinstance(kind, type) and issubclass(kind, Adapter)):
+        raise TypeError(f"kind: expected a subclass of peftlib.Adapter such as peftlib.LoRA, found {kind!r}")
+
+
+def require_name(name: str) -> None:
+    if not isinstance(name, str) or not name or "." in name or ":" in name:
+        raise AdapterError(f"name={name!r}: a name is a string without '.' and ':'. Rename the adapter.")
+    if not name.isprintable() or "/" in name or "\\" in name:
+        raise AdapterError(f"name={name!r}: a name is printable and no path. Rename the adapter.")
+    if name == "selection" or hasattr(Adapters(), name):
+        raise AdapterError(f"name={name!r}: torch's ModuleDict has an attribute of that name. Rename the adapter.")
+
+
+def require_adaptable(name: str, host: nn.Module) -> None:
+    where, found = name or "the root", type(host).__name__
+    if isinstance(host, torch.jit.ScriptModule):
+        raise AdapterError(
+            f"{where}: {found} is scripted, and its forward cannot change. Adapt the model, then script it."
+        )
+    own = (*host._parameters.values(), *host._buffers.values())
+    if any(isinstance(tensor, (UninitializedParameter, UninitializedBuffer)) for tensor in own):
+        raise AdapterError(f"{where}: {found} is lazy and has no shapes yet. Run one batch through the model first.")
+    if any(type(p).__name__ == "DTensor" or hasattr(p, "device_mesh") for p in host.parameters(recurse=False)):
+        raise AdapterError(f"{where}: its parameters are sharded already. Inject first, then fully_shard.")
+    if not is_host(host) and hasattr(host, "adapters"):
+        raise AdapterError(f"{where}: {found} has an attribute `adapters` of its own, which peftlib needs. Rename it.")
+    if type(host).forward is nn.Module.forward and "forward" not in host.__dict__:
+        raise AdapterError(f"{where}: {found} has no forward and is never called. Target the modules inside it.")
+
+
+def require_free(model: nn.Module, placed: list[Placed]) -> None:
+    """The tensors of one name have distinct keys in its file: what is there twice would be saved once."""
+    taken: dict[tuple[str, str], str] = {}
+    for host_name, name, adapter in adapters(model):
+        taken.update({(name, key): type(adapter).__name__ for key in _keys(host_name, adapter)})
+    for host_name, _, adapter in placed:
+        own = {(adapter.name, key): type(adapter).__name__ for key in _keys(host_name, adapter)}
+        for name, key in sorted(own.keys() & taken.keys()):
+            raise AdapterError(
+                f'{host_name or "the root"}: "{name}" has a {taken[name, key]} with {key!r} already. '
+                "Eject it, or inject under another name."
+            )
+        taken |= own
+
+
+def _keys(host_name: str, adapter: Adapter) -> list[str]:
+    return [f"{host_name}.{key}".lstrip(".") for key in adapter.file_keys()]

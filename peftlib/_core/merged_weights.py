@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import AdapterError
-from .accelerate import is_offloaded
 from .adapter import Adapter, fold_all
 from .clone import face
+from .foreign import is_offloaded
 from .host import is_host, parts
 from .override import owner_of, shadowed
 from .quantized import packed_as

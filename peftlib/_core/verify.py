@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import AdapterError
-from .accelerate import is_offloaded
 from .adapter import Adapter, has_weight_form
+from .foreign import is_offloaded
 from .merge import merged
 from .quantized import packed_as
 from .walk import adapters, candidates, require

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._core.inject import Part
 from .._core.walk import candidates
 from .._errors import AdapterError
 from ..files.container import Path, listed, opened, read_tensor
 from ..files.header import strict_json
-from ..files.parts import Part
 from ..hf.config import Config, checked, plain
 from ..hf.lora_read import MAGNITUDE, lora_parts
 from ..hf.lora_sites import PREFIX

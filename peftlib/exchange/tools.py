@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._core.inject import Part
 from .._core.walk import adapters, require
 from .._errors import AdapterError
 from ..files.container import Path, replacing, write_tensors
 from ..files.header import some
-from ..files.parts import Part, install_parts
+from ..files.parts import install_parts
 from ..files.save_load import require_values
 from ..hf.lora_write import lora_files
 from .keys import DIALECTS, Dialect, keys_of

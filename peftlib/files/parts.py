@@ -1,26 +1,20 @@
 """Adapters in the making: host, kind, keywords and tensors, put into a model all or nothing."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from torch import nn
 
-from torch import Tensor, nn
-
-from .._core.adapter import Adapter
-from .._core.inject import install, require_changeable
-from .._core.placement import Place, Placed, build, require_adaptable, require_free, require_name
+from .._core.inject import (
+    Part,
+    Placed,
+    build,
+    install,
+    require_adaptable,
+    require_changeable,
+    require_free,
+    require_name,
+)
 from .._core.walk import candidates
 from .._errors import AdapterError
 from .rebuild import entries, fill, require_keys
-
-
-class Part(NamedTuple):
-    """One adapter to be, with the tensors that it has in a file of ours; without tensors it starts fresh."""
-
-    host_name: str
-    host: nn.Module
-    kind: type[Adapter]
-    config: dict[str, Any]
-    tensors: Mapping[str, Tensor] | None = None
 
 
 def install_parts(model: nn.Module, parts: list[Part], name: str, where: str, *, freeze: bool = True) -> list[str]:
@@ -39,9 +33,8 @@ def install_parts(model: nn.Module, parts: list[Part], name: str, where: str, *,
 
 def _placed(part: Part, name: str, where: str) -> Placed:
     require_adaptable(part.host_name, part.host)
-    place = Place(part.host_name, part.host, part.config)
     try:
-        return build(place, part.kind, name, on_meta=part.tensors is not None)
+        return build(part, name, on_meta=part.tensors is not None)
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise AdapterError(

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.accelerate import device_of
 from .._core.adapter import KINDS, Adapter
-from .._core.foreign import reader_of
-from .._core.placement import Place, Placed, build, require_adaptable
+from .._core.foreign import device_of, reader_of
+from .._core.inject import Part, Placed, build, require_adaptable
 from .._core.walk import candidates
 from .._errors import AdapterError
 from .bounded import Bounded
@@ -49,8 +48,8 @@ def rebuilt(model: nn.Module, header: Header, name: str, path: Path) -> Iterator
             kind, where = _kind(one["kind"], os.fspath(path)), f"{os.fspath(path)}: {host_name or 'the root'}"
             try:
                 require_keywords(kind, one["config"])
-                place = Place(host_name, by_name[host_name], one["config"])
-                placed = _within(size, build, place, kind, name, on_meta=True)
+                part = Part(host_name, by_name[host_name], kind, one["config"])
+                placed = _within(size, part, name, on_meta=True)
             except _REFUSALS as error:
                 reason = shown(str(error).partition("\n")[0])
                 raise AdapterError(
@@ -78,10 +77,10 @@ def _require_called(model: nn.Module, host_name: str, host: nn.Module, path: str
         )
 
 
-def _within(size: int, make: Callable[..., Placed], place: Place, *args: Any, **kwargs: Any) -> Placed:
+def _within(size: int, part: Part, name: str, on_meta: bool = False) -> Placed:
     """Keywords from a file may take no more memory than the file and the host, and a little, are worth."""
-    with Bounded(_SLACK + size + sum(parameter.nbytes for parameter in place.host.parameters())):
-        return make(place, *args, **kwargs)
+    with Bounded(_SLACK + size + sum(parameter.nbytes for parameter in part.host.parameters())):
+        return build(part, name, on_meta)
 
 
 def require_keys(placed: list[Placed], found: dict[str, Any], path: str) -> None:
@@ -129,8 +128,8 @@ def _complete(item: Placed) -> None:
 
 def _made_on_host(item: Placed) -> Adapter:
     size = sum(tensor.nbytes for tensor in item.adapter.state_dict().values())
-    place = Place(item.host_name, item.host, item.adapter.config)
-    return _within(size, build, place, type(item.adapter), "").adapter
+    part = Part(item.host_name, item.host, type(item.adapter), item.adapter.config)
+    return _within(size, part, "").adapter
 
 
 def _checked(tensor: Tensor, expected: Tensor, key: str, path: str) -> Tensor:

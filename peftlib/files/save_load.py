@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from .._core.adapter import Adapter
 from .._core.host import parts
-from .._core.inject import install, require_changeable
-from .._core.placement import Placed, require_free, require_name
+from .._core.inject import Placed, install, require_changeable, require_free, require_name
 from .._core.walk import adapters, hosts, require
 from .._errors import AdapterError
 from .container import Path, header_of, opened, read_tensor, require_unchanged, write

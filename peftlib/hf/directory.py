@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._core.inject import Part
 from .._core.walk import adapters, require
 from .._errors import AdapterError
 from ..files.container import Path, listed, opened, read_tensor, replacing, write_tensors
-from ..files.parts import Part, install_parts
+from ..files.parts import install_parts
 from ..files.save_load import require_values
 from ..kinds.ia3 import IA3
 from ..kinds.prefix import Prefix

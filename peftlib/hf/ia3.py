@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._core.foreign import reader_of
+from .._core.inject import Part
 from .._core.walk import candidates
 from .._errors import AdapterError
-from ..files.parts import Part
 from ..kinds._low_rank import term_of
 from ..kinds._weight_layout import is_transposed_linear
 from ..kinds.full import Full

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .._core.inject import Part
 from .._core.walk import candidates
 from .._errors import AdapterError
-from ..files.parts import Part
 from ..kinds.dora import DoRA
 from ..kinds.lora import LoRA
 from .config import Config

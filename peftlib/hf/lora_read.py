@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .._core.foreign import reader_of
+from .._core.inject import Part
 from .._core.override import weight_of
 from .._core.walk import candidates
 from .._errors import AdapterError
-from ..files.parts import Part
 from ..kinds._low_rank import term_of
 from ..kinds.dora import DoRA
 from ..kinds.full import Full

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .._core.host import base_type
+from .._core.inject import Part
 from .._core.walk import candidates
 from .._errors import AdapterError
-from ..files.parts import Part
 from ..kinds.prefix import Prefix
 from .config import Config
 from .modules_to_save import Found, Tensors

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._core.inject import Part
 from .._errors import AdapterError
-from ..files.parts import Part
 from ..kinds.prompt import Prompt
 from .config import Config
 from .modules_to_save import Found, Tensors

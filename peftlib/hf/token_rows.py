@@ -6,9 +6,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._core.adapter import Adapter
+from .._core.inject import Part
 from .._core.walk import candidates
 from .._errors import AdapterError
-from ..files.parts import Part
 from ..kinds.full import Full
 from .config import Config
 from .lora_sites import PREFIX, Sites

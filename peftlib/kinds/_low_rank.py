@@ -1,4 +1,4 @@
-"""The low-rank branch of each layer type: how factors A and B act on its input without a matrix of the weight's size."""
+"""The low-rank branch of each layer type: A and B act on its input, without a matrix of the weight's size."""
 
 from collections.abc import Callable
 from typing import Any
