@@ -12,10 +12,9 @@ from .._core.foreign import device_of, reader_of
 from .._core.inject import Part, Placed, build, require_adaptable
 from .._core.walk import candidates
 from .._errors import AdapterError
-from .bounded import Bounded
 from .container import Path
 from .header import Header, shown, some
-from .keywords import require_keywords
+from .untrusted import Bounded, require_keywords
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SLACK = 2**26  # 64 MiB for whatever a kind computes on the way

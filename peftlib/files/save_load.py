@@ -3,7 +3,7 @@
 import collections
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from .container import Path, header_of, opened, read_tensor, require_unchanged, 
 from .fingerprint import differs, fingerprint
 from .header import Header, some
 from .rebuild import fill, is_finite, rebuilt, require_keys
-from .shards import whole, writes_here
 
 
 def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[str, Any] | None = None) -> None:
@@ -170,3 +169,15 @@ def _require_base(placed: list[Placed], header: Header, path: str) -> None:
         raise AdapterError(
             f"{path}: made on another base: {some(wrong)}. Load it onto its own base, or pass strict=False."
         )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Every process of the mesh must ask, and each gets all of it."""
+    gather: Any = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def writes_here(tensors: Iterable[Any]) -> bool:
+    """Whether this process is the first of those that hold these tensors; of whole ones each holds its own."""
+    meshes: list[Any] = [tensor.device_mesh for tensor in tensors if hasattr(tensor, "full_tensor")]
+    return all(mesh.get_rank() == int(mesh.mesh.min()) for mesh in meshes)
