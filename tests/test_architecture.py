@@ -14,50 +14,70 @@ from test_examples import public_objects
 
 ROOT = Path(__file__).parent.parent
 
-# A line may import from the lines above it. Files on one line do not know each other.
-LAYERS = [
-    "kernels.reference kernels.philox kernels.dropout kernels.segments kernels.mode kernels.apply",
-    "kernels.aten kernels.tiles kernels.twins",
-    "kernels.triton_interpret kernels.triton_mask kernels.triton_planes",
-    "kernels.triton_expand kernels.triton_grouped kernels.triton_shrink",
-    "kernels.triton_backward_x kernels.triton_backward_y kernels.triton_launch",
-    "kernels.triton_launchers",
-    "kernels.triton_check",
-    "kernels.triton_ops",
-    "kernels.triton_bottleneck",
-    "kernels.triton_steps",
-    "kernels.steps",
-    "kernels.lora_autograd",
-    "kernels.dropped kernels.lora_dense kernels.embedding kernels.dora kernels.bottleneck_autograd",
-    "kernels.lora",
-    "kernels.gpu_check kernels.bottleneck",
-    "kernels",
-    "_errors files.shards _core.table _core.quantized _core.accelerate",
-    "files.header files.bounded _core.clone training.schedules",
-    "_core kinds files training _core.targets _core.adapter _core.foreign files.container kinds.prefix._flex",
-    "files.keywords _core.host training.stacks training.best",
-    "_core.walk kinds._weight_layout kinds.prefix._heads kinds.prefix._context training.regularizers "
-    "training.layer_groups",
-    "_core.activate _core.merged_weights _core.placement parallel training.frozen training.warmup "
-    "training.learning_rates "
-    "training.unfreezing_plan training.lora_plus kinds.prefix._multihead kinds._features",
-    "kinds._hidden_states",
-    "kinds.prefix._transformers kinds.prefix._torch_attention kinds._prompt_inputs",
-    "kinds.lora kinds.full kinds.bottleneck kinds.ia3 kinds.prefix.prefix kinds.prompt training.unfreezing",
-    "kinds.dora kinds.prefix",
-    "_core.merge _core.dequantize",
-    "_core.inject files.fingerprint files.rebuild _core.verify _core.report training.distillation",
-    "files.save_load hf.config hf.refusals files.parts hf.tensors",
-    "hf.lora_layouts hf.targets",
-    "hf.lora_sites hf.lora_export",
-    "hf.modules_to_save hf.token_rows",
-    "hf.lora_read",
-    "hf.inject hf.ia3 hf.prefix hf.prompt hf.lora_write exchange.keys",
-    "exchange.read exchange.write",
-    "hf.directory exchange.tools",
-    "hf exchange",
-    "__init__",
+# A package may import from the lines above its own; packages on one line do not know each other.
+PACKAGES = [
+    "_errors kernels",
+    "_core",
+    "kinds files training parallel",
+    "hf",
+    "exchange",
+    "peftlib",
 ]
+# The same inside a package, for its files: a line may import from the lines above it.
+FILES = {
+    "kernels": [
+        "reference philox dropout segments mode apply",
+        "aten tiles twins",
+        "triton_interpret triton_mask triton_planes",
+        "triton_expand triton_grouped triton_shrink",
+        "triton_backward_x triton_backward_y triton_launch",
+        "triton_launchers",
+        "triton_check",
+        "triton_ops",
+        "triton_bottleneck",
+        "triton_steps",
+        "steps",
+        "lora_autograd",
+        "dropped lora_dense embedding dora bottleneck_autograd",
+        "lora",
+        "gpu_check bottleneck",
+    ],
+    "_core": [
+        "targets override table foreign",
+        "quantized adapter",
+        "clone",
+        "host",
+        "walk",
+        "activate merged_weights inject",
+        "merge report",
+        "dequantize verify",
+        "eject",
+    ],
+    "kinds": [
+        "_weight_layout _hidden_states _prompt_inputs",
+        "_low_rank _features",
+        "lora full bottleneck ia3 prompt prefix",
+        "dora",
+    ],
+    "kinds.prefix": ["_context _heads", "_flex _multihead", "_transformers _torch_attention", "prefix"],
+    "files": ["header untrusted", "container fingerprint", "rebuild", "save_load parts"],
+    "training": [
+        "schedules layer_groups regularizers distillation",
+        "frozen learning_rates unfreezing_plan",
+        "unfreezing",
+    ],
+    "hf": [
+        "config refusals tensors",
+        "lora_layouts targets",
+        "lora_sites",
+        "modules_to_save token_rows",
+        "lora_read",
+        "lora_write",
+        "inject ia3 prefix prompt",
+        "directory",
+    ],
+    "exchange": ["keys", "read write", "tools"],
+}
 RUN_TIME_DEPENDENCIES = {"torch", "safetensors", "numpy", "einops", "triton"}
 
 
@@ -113,10 +133,22 @@ def own_imports(name: str) -> set[str]:
     return {"__init__" if each == "peftlib" else each.removeprefix("peftlib.") for each in own}
 
 
-def layer(name: str) -> int:
-    found = [i for i, line in enumerate(LAYERS) if any(fnmatch.fnmatch(name, each) for each in line.split())]
-    assert len(found) == 1, f"{name} stands on {len(found)} lines of LAYERS; give it one"
+def level(name: str, lines: list[str]) -> int:
+    found = [i for i, line in enumerate(lines) if name in line.split()]
+    assert len(found) == 1, f"{name} stands on {len(found)} lines; give it one"
     return found[0]
+
+
+def may_import(name: str, other: str) -> bool:
+    """Two files meet in the innermost package that holds both; its table says which of its members is above."""
+    ours, theirs = ("peftlib" if each == "__init__" else each for each in (name, other))
+    shared = os.path.commonprefix([ours.split("."), theirs.split(".")])
+    package = ".".join(shared)
+    if package in (ours, theirs):  # a package re-exports what is in it, and is not imported from inside
+        return package == ours
+    lines = FILES[package] if package else PACKAGES
+    above, below = (each.split(".")[len(shared)] for each in (ours, theirs))
+    return level(below, lines) < level(above, lines)
 
 
 def class_writers() -> set[str]:
@@ -134,12 +166,20 @@ def class_writers() -> set[str]:
 @every_source
 def test_imports_go_down(name):
     for other in own_imports(name):
-        assert layer(other) < layer(name), f"{name} imports {other}"
+        assert may_import(name, other), f"{name} imports {other}"
 
 
-def test_the_table_of_layers_names_what_exists():
-    for pattern in " ".join(LAYERS).split():
-        assert fnmatch.filter(SOURCES, pattern), f"LAYERS names {pattern}, and no file is called that"
+def test_the_tables_name_what_exists():
+    """Each file once, and nothing else."""
+    for package, lines in FILES.items():
+        inside = {name.removeprefix(f"{package}.").split(".")[0] for name in SOURCES if name.startswith(f"{package}.")}
+        assert sorted(" ".join(lines).split()) == sorted(inside)
+    tops = {"peftlib" if name == "__init__" else name.split(".")[0] for name in SOURCES}
+    assert sorted(" ".join(PACKAGES).split()) == sorted(tops)
+
+
+def test_there_are_six_levels_of_packages():
+    assert len(PACKAGES) == 6
 
 
 def test_a_wrong_arrow_would_be_seen(monkeypatch):

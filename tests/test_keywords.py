@@ -10,7 +10,7 @@ from torch import nn
 
 import peftlib
 from peftlib import AdapterError
-from peftlib.files.keywords import require_keywords
+from peftlib.files.untrusted import require_keywords
 
 if TYPE_CHECKING:
     from decimal import Decimal as OnlyForTheChecker

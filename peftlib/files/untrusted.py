@@ -1,4 +1,4 @@
-"""What a file asks for, before it is trusted: keywords held against the constructor, and a bound on what torch allocates."""
+"""What a file asks for before it is trusted: its keywords are checked, and what they may allocate is bounded."""
 
 import collections.abc
 import inspect

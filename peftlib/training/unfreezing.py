@@ -1,19 +1,17 @@
 """Gradual unfreezing: layer groups thaw one after another, from the top of a model down."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, no_grad
 from torch.optim import Optimizer
 
 from .._errors import AdapterError
-from .best import Best
 from .frozen import Switch, require_reduced
 from .layer_groups import SCHEDULED, LayerGroup, require_all, require_apart
 from .schedules import Schedule
 from .unfreezing_plan import Plan
-from .warmup import Warmup, around_steps
 
 
 class GradualUnfreezing:
@@ -218,3 +216,102 @@ def _take_over(new: GradualUnfreezing) -> None:
         old.remove()
     for p in parameters:
         SCHEDULED[p] = weakref.ref(new)
+
+
+class Best:
+    """What a `plateau` schedule goes by."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.metric: float | None = None
+        self.since = 0
+        self.kept: dict[str, Tensor] = {}
+
+    def improves(self, metric: float) -> bool:
+        """A metric that is not a number never does."""
+        sign = -1.0 if self.schedule.highest else 1.0
+        if metric == metric and (self.metric is None or sign * metric < sign * self.metric - self.schedule.threshold):
+            self.metric, self.since = metric, 0
+            return True
+        self.since += 1
+        return False
+
+    def is_over(self) -> bool:
+        return self.since >= self.schedule.patience
+
+    def keep(self, tensors: Mapping[str, Tensor]) -> None:
+        if self.schedule.restore:
+            self.kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    def bring_back(self, tensors: Mapping[str, Tensor]) -> None:
+        with no_grad():
+            for name, best in self.kept.items():
+                tensors[name].copy_(best)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"metric": self.metric, "since": self.since, "kept": dict(self.kept)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.metric, self.since = state["metric"], state["since"]
+        self.kept = {name: tensor.clone() for name, tensor in state["kept"].items()}
+
+
+def around_steps(optimizer: Optimizer, before: Callable[[], None], after: Callable[[], None]) -> list[Any]:
+    """Hooks on two methods, weak ones, so that an optimizer keeps no schedule alive."""
+    weak_before, weak_after = weakref.WeakMethod(before), weakref.WeakMethod(after)
+    return [
+        optimizer.register_step_pre_hook(lambda *_: (act := weak_before()) and act()),
+        optimizer.register_step_post_hook(lambda *_: (act := weak_after()) and act()),
+    ]
+
+
+class Warmup:
+    """How many steps each group has taken since it thawed, and the rate that this gives it."""
+
+    def __init__(self, groups: Sequence[LayerGroup], optimizer: Optimizer | None, steps: int) -> None:
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+            raise AdapterError(f"warmup={steps!r} is not a whole number of at least 0. Pass warmup=100, say.")
+        if steps and optimizer is None:
+            raise AdapterError(f"warmup={steps}: there is no optimizer to warm up. Pass optimizer=.")
+        self.optimizer, self.steps = optimizer, steps
+        self.taken: list[int] = [steps] * len(groups)
+        self.group_of = _group_of(groups, optimizer) if optimizer is not None and steps else []
+        self._rates: list[tuple[dict[str, Any], Any]] = []
+
+    def begin(self, thawed: set[int]) -> None:
+        for at in thawed:
+            self.taken[at] = 0
+
+    def scale(self) -> None:
+        self._put_back()  # a step that failed half-way left its rates
+        if self.optimizer is None:
+            return
+        for at, group in zip(self.group_of, self.optimizer.param_groups, strict=False):
+            if at is not None and self.taken[at] < self.steps:
+                self._rates.append((group, group["lr"]))
+                group["lr"] = group["lr"] * ((self.taken[at] + 1) / (self.steps + 1))
+
+    def unscale(self) -> None:
+        self._put_back()
+        self.taken = [min(self.steps, taken + 1) for taken in self.taken]
+
+    def _put_back(self) -> None:
+        for group, rate in self._rates:
+            group["lr"] = rate
+        self._rates = []
+
+
+def _group_of(groups: Sequence[LayerGroup], optimizer: Optimizer) -> list[int | None]:
+    """The layer group of each of the optimizer's, which has one rate."""
+    owner = {id(p): at for at, group in enumerate(groups) for p in group.parameters.values()}
+    found: list[int | None] = []
+    for at, group in enumerate(optimizer.param_groups):
+        owners = {owner.get(id(p)) for p in group["params"]}
+        if len(owners) > 1:
+            names = ", ".join("none" if one is None else groups[one].name for one in owners)
+            raise AdapterError(
+                f"warmup: the optimizer's group {at} has one learning rate for the layer groups {names}. Make a group "
+                "for each: discriminative_lr(groups, lr, decay=1)."
+            )
+        found.append(owners.pop() if owners else None)
+    return found
