@@ -255,7 +255,7 @@ def test_activate_and_train_only_of_an_absent_name_change_nothing():
     assert changes(before, model) == []
 
 
-# ---- unmerge, freezing and thawing
+# ---- unmerge, freezing and unfreezing
 
 
 def all_merged() -> Any:
@@ -300,12 +300,12 @@ def adapted_once() -> Any:
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_freezing_and_thawing_fail_at_each_parameter(late):
+def test_freezing_and_unfreezing_fail_at_each_parameter(late):
     assert fail_at_every_call(network, put_in, torch.Tensor, "requires_grad_", late) >= 9
     assert fail_at_every_call(adapted, take_all, torch.Tensor, "requires_grad_", late) >= 9
 
 
-def test_eject_thaws_a_complex_weight_and_passes_by_one_that_was_packed_since():
+def test_eject_unfreezes_a_complex_weight_and_passes_by_one_that_was_packed_since():
     model = linears()
     model[1].register_parameter("phase", nn.Parameter(torch.ones(2, dtype=torch.complex64)))
     peftlib.inject(model, "0", LoRA)

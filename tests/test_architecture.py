@@ -2,6 +2,7 @@
 
 import ast
 import fnmatch
+import itertools
 import os
 import subprocess
 import sys
@@ -142,7 +143,8 @@ def level(name: str, lines: list[str]) -> int:
 def may_import(name: str, other: str) -> bool:
     """Two files meet in the innermost package that holds both; its table says which of its members is above."""
     ours, theirs = ("peftlib" if each == "__init__" else each for each in (name, other))
-    shared = os.path.commonprefix([ours.split("."), theirs.split(".")])
+    pairs = zip(ours.split("."), theirs.split("."), strict=False)
+    shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
     package = ".".join(shared)
     if package in (ours, theirs):  # a package re-exports what is in it, and is not imported from inside
         return package == ours

@@ -266,7 +266,7 @@ def test_freeze_remembers_over_several_injects():
     assert all(p.requires_grad for p in peftlib.parameters(model)), "it never freezes another adapter"
     for name in ("b", "c"):
         peftlib.eject(model, name)
-        assert not any(flags(model).values()), "the last one thaws"
+        assert not any(flags(model).values()), "the last one unfreezes"
     peftlib.eject(model, "a")
     assert flags(model) == before
 
@@ -280,7 +280,7 @@ def test_freeze_keeps_what_train_only_chose():
     assert all(p.requires_grad for p in peftlib.parameters(model, "b"))
 
 
-def test_a_tied_weight_is_frozen_and_thawed_once():
+def test_a_tied_weight_is_frozen_and_unfrozen_once():
     model = modules({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
     model["b"].weight = model["a"].weight
     before = snapshot(model)
@@ -304,7 +304,7 @@ def dropped(module: Any) -> None:
 
 @pytest.mark.parametrize("change", [pruned, replaced, dropped])
 @pytest.mark.parametrize("at", [0, 1], ids=["at a host", "beside it"])
-def test_eject_thaws_what_is_left_after_others_changed_parameters(change, at):
+def test_eject_unfreezes_what_is_left_after_others_changed_parameters(change, at):
     model = linears()
     peftlib.inject(model, "0", LoRA)
     change(model[at])

@@ -1,4 +1,4 @@
-"""Gradual unfreezing: a frozen group stands still to the bit, a thawed one trains, a resumed run is the same run."""
+"""Gradual unfreezing: a frozen group stands still to the bit, an unfrozen one trains, a resumed run is the same run."""
 
 import copy
 import dataclasses
@@ -114,7 +114,7 @@ class Run:
         for p, state in self.optimizer.state.items():
             found |= {f"{names[p]} {key}": bits(torch.as_tensor(value)) for key, value in state.items()}
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        return {**found, "rates": rates, "thawed": self.unfreezing.thawed, "finished": self.unfreezing.finished}
+        return {**found, "rates": rates, "unfrozen": self.unfreezing.unfrozen, "finished": self.unfreezing.finished}
 
 
 def loss_of(model: Any, step: int) -> Tensor:
@@ -140,20 +140,20 @@ def names_in(run: Run, groups: list[str]) -> set[str]:
     return {name for group in run.groups if group.name in groups for name in group.parameters}
 
 
-# ---- frozen and thawed
+# ---- frozen and unfrozen
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 @every_optimizer
 @every_schedule
-def test_exactly_the_thawed_groups_move_at_every_step(make_schedule, make_optimizer, set_to_none):
+def test_exactly_the_unfrozen_groups_move_at_every_step(make_schedule, make_optimizer, set_to_none):
     run = Run(without_restore(make_schedule()), make_optimizer, set_to_none=set_to_none)
     seen = set()
     for _ in range(24):
-        before, thawed = values(run.model), run.unfreezing.thawed
-        seen.add(tuple(thawed))
+        before, unfrozen = values(run.model), run.unfreezing.unfrozen
+        seen.add(tuple(unfrozen))
         run.train(1)
-        assert moved(before, run.model) == names_in(run, thawed)
+        assert moved(before, run.model) == names_in(run, unfrozen)
     assert len(seen) >= 4
 
 
@@ -163,12 +163,12 @@ def without_restore(schedule: Any) -> Any:
 
 
 @every_optimizer
-def test_a_group_has_no_state_in_the_optimizer_until_it_thaws(make_optimizer):
+def test_a_group_has_no_state_in_the_optimizer_until_it_unfreezes(make_optimizer):
     run = Run(schedules.every(2), make_optimizer)
     for _ in range(10):
         run.train(1)
         trained = {name for name, p in run.model.named_parameters() if run.optimizer.state.get(p)}
-        # The group that thawed at the end of this step has not trained yet.
+        # The group that was unfrozen at the end of this step has not trained yet.
         steps = run.step
         assert trained == names_in(run, GROUPS[max(0, LAYERS + 1 - (steps - 1) // 2) :])
 
@@ -178,11 +178,11 @@ def test_a_group_that_is_frozen_again_keeps_its_momentum_and_stands_still(make_o
     run = Run(schedules.chain_thaw(schedules.every(2)), make_optimizer)
     run.train(2)
     head = run.model.head.weight
-    assert run.unfreezing.thawed == ["embedding"]
+    assert run.unfreezing.unfrozen == ["embedding"]
     weight, state = bits(head), {key: bits(torch.as_tensor(v)) for key, v in run.optimizer.state[head].items()}
     assert state
     run.train(8)
-    assert run.unfreezing.thawed == GROUPS
+    assert run.unfreezing.unfrozen == GROUPS
     assert bits(head) == weight
     assert {key: bits(torch.as_tensor(v)) for key, v in run.optimizer.state[head].items()} == state
     run.train(1)
@@ -200,9 +200,9 @@ def test_every_optimizer_of_torch_passes_over_a_frozen_group(kind):
     decay = {"weight_decay": 0.1} if "weight_decay" in inspect.signature(kind).parameters else {}
     run = Run(schedules.chain_thaw(schedules.every(2)), lambda groups: kind(groups, **decay))
     for _ in range(11):
-        before, thawed = values(run.model), run.unfreezing.thawed
+        before, unfrozen = values(run.model), run.unfreezing.unfrozen
         run.train(1)
-        frozen = set(before) - names_in(run, thawed)
+        frozen = set(before) - names_in(run, unfrozen)
         assert not moved(before, run.model) & frozen
 
 
@@ -220,9 +220,9 @@ def test_a_second_order_optimizer_leaves_a_frozen_group_where_it_is():
         return loss
 
     for _ in range(len(groups)):
-        before, thawed = values(model), unfreezing.thawed
+        before, unfrozen = values(model), unfreezing.unfrozen
         optimizer.step(closure)
-        assert moved(before, model) == {name for g in groups if g.name in thawed for name in g.parameters}
+        assert moved(before, model) == {name for g in groups if g.name in unfrozen for name in g.parameters}
         unfreezing.step()
 
 
@@ -234,11 +234,11 @@ def test_muon_and_adamw_side_by_side():
     rest = torch.optim.AdamW([p for p in model.parameters() if p.dim() != 2], lr=0.01, weight_decay=0.1)
     unfreezing = GradualUnfreezing(groups, schedules.chain_thaw(schedules.every(1)))
     for step in range(6):
-        before, thawed = values(model), unfreezing.thawed
+        before, unfrozen = values(model), unfreezing.unfrozen
         loss_of(model, step).backward()
         matrices.step()
         rest.step()
-        assert moved(before, model) == {name for g in groups if g.name in thawed for name in g.parameters}
+        assert moved(before, model) == {name for g in groups if g.name in unfrozen for name in g.parameters}
         model.zero_grad()
         unfreezing.step()
 
@@ -276,13 +276,13 @@ def test_the_second_of_two_parameters_of_equal_value_trains():
         optimizer.zero_grad()
         model(torch.randn(8, 4)).square().sum().backward()
         optimizer.step()
-        assert moved(before, model) == {f"{at}.{leaf}" for at in unfreezing.thawed for leaf in ("weight", "bias")}
+        assert moved(before, model) == {f"{at}.{leaf}" for at in unfreezing.unfrozen for leaf in ("weight", "bias")}
         unfreezing.step()
     assert unfreezing.finished
 
 
 def test_a_frozen_group_takes_no_backward_pass():
-    """What lies below the lowest thawed group is not differentiated at all, which is where the time is saved."""
+    """What lies below the lowest unfrozen group is not differentiated at all, which is where the time is saved."""
     run = Run(schedules.every(1))
     assert run.model.layers[2](torch.randn(1, 5, 8)).grad_fn is None
     run.train(1)
@@ -305,10 +305,10 @@ def test_stages_by_hand():
     for name, stages in expected.items():
         run = Run(SCHEDULES[name]())
         for step in range(12):
-            thawed = next(groups for start, groups in reversed(stages) if start <= step)
-            assert run.unfreezing.thawed == [GROUPS[int(at)] for at in thawed], (name, step)
-            assert run.unfreezing.frozen == [each for each in GROUPS if each not in run.unfreezing.thawed]
-            assert run.unfreezing.finished == (thawed == "01234")
+            unfrozen = next(groups for start, groups in reversed(stages) if start <= step)
+            assert run.unfreezing.unfrozen == [GROUPS[int(at)] for at in unfrozen], (name, step)
+            assert run.unfreezing.frozen == [each for each in GROUPS if each not in run.unfreezing.unfrozen]
+            assert run.unfreezing.finished == (unfrozen == "01234")
             run.unfreezing.step()
 
 
@@ -316,11 +316,11 @@ def test_plateau_by_hand():
     unfreezing = Run(schedules.plateau(2, threshold=0.1)).unfreezing
     #          best  not by 0.1  move  best                       move      best  nan            move
     metrics = [1.0, 0.95, 0.92, 0.8, 0.8, 0.71, 0.6, float("nan"), 0.9, 0.9, 0.9]
-    thawed = [1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5]
-    for given, count in zip(metrics, thawed, strict=True):
+    unfrozen = [1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5]
+    for given, count in zip(metrics, unfrozen, strict=True):
         unfreezing.step()  # without a metric nothing is judged
         unfreezing.step(given)
-        assert len(unfreezing.thawed) == count, given
+        assert len(unfreezing.unfrozen) == count, given
     unfreezing.step(0.9)
     assert not unfreezing.finished
     unfreezing.step(torch.tensor(0.9))
@@ -331,7 +331,7 @@ def test_plateau_of_a_metric_that_rises():
     unfreezing = Run(schedules.plateau(1, highest=True)).unfreezing
     for given, count in [(float("nan"), 2), (0.5, 2), (0.6, 2), (0.6, 3), (0.7, 3), (0.1, 4)]:
         unfreezing.step(given)
-        assert len(unfreezing.thawed) == count
+        assert len(unfreezing.unfrozen) == count
 
 
 def test_a_plateau_brings_the_best_weights_and_statistics_back():
@@ -357,7 +357,7 @@ def test_a_plateau_brings_the_best_weights_and_statistics_back():
     assert now() != best
     unfreezing.step(2.0)
     assert now() == best
-    assert unfreezing.thawed == ["0", "1"]
+    assert unfreezing.unfrozen == ["0", "1"]
     drift()  # the lower group too, and it never improves
     unfreezing.step(3.0)
     assert now() == best
@@ -375,15 +375,15 @@ def test_a_schedule_counts_whatever_step_is_called_for(counted):
     run = Run(schedules.every(1))
     for _ in range(2):
         for at in range(3):
-            before = run.unfreezing.thawed
+            before = run.unfreezing.unfrozen
             loss_of(run.model, at).backward()
             run.optimizer.step()
             if counted == "steps":
                 run.unfreezing.step()
-                assert len(run.unfreezing.thawed) == min(len(before) + 1, len(GROUPS))
+                assert len(run.unfreezing.unfrozen) == min(len(before) + 1, len(GROUPS))
         if counted == "epochs":
             run.unfreezing.step()
-    assert len(run.unfreezing.thawed) == (5 if counted == "steps" else 3)
+    assert len(run.unfreezing.unfrozen) == (5 if counted == "steps" else 3)
 
 
 # ---- resume
@@ -400,7 +400,7 @@ def test_a_resumed_run_is_the_same_to_the_bit_from_every_step(make_schedule, mak
         whole.train(1)
         saved.append(whole.save())
         expected.append(whole.bits())
-    assert len({tuple(each["thawed"]) for each in expected}) >= 4
+    assert len({tuple(each["unfrozen"]) for each in expected}) >= 4
     for at, state in enumerate(saved):
         resumed = Run(make_schedule(), make_optimizer, rate, warmup=3, model=network(seed=9, layers=LAYERS).train())
         resumed.load(state)
@@ -413,9 +413,9 @@ def test_a_run_that_is_loaded_back_into_itself_freezes_again():
     run = Run(schedules.every(2))
     start = run.save()
     run.train(9)
-    assert run.unfreezing.thawed == GROUPS
+    assert run.unfreezing.unfrozen == GROUPS
     run.load(start)
-    assert run.unfreezing.thawed == ["head"]
+    assert run.unfreezing.unfrozen == ["head"]
     assert not any(p.requires_grad for p in run.model.layers.parameters())
     before = values(run.model)
     run.train(1)
@@ -437,7 +437,7 @@ def test_a_warm_up_multiplies_the_rate_during_the_step_alone(rate):
     """Plain SGD moves a weight by rate times gradient: the rate that acted can be read off."""
     run = Run(schedules.every(4), lambda groups: torch.optim.SGD(groups, lr=1.0), rate, warmup=2)
     twin = Run(schedules.every(4), lambda groups: torch.optim.SGD(groups, lr=1.0), rate)
-    thawed_at = dict(zip(reversed(GROUPS), range(0, 20, 4), strict=True))
+    unfrozen_at = dict(zip(reversed(GROUPS), range(0, 20, 4), strict=True))
     for step in range(20):
         rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
         run.optimizer.zero_grad()
@@ -446,7 +446,7 @@ def test_a_warm_up_multiplies_the_rate_during_the_step_alone(rate):
         run.optimizer.step()
         for group in run.groups:
             for name, p in group.parameters.items():
-                since = step - thawed_at[group.name]
+                since = step - unfrozen_at[group.name]
                 if since < 0 or p.grad is None:
                     continue
                 factor = (since + 1) / 3 if group.name != "head" and since < 2 else 1.0
@@ -516,10 +516,10 @@ def test_statistics_of_frozen_groups_stand_still_by_choice(hold, affine):
     for _ in range(4):
         model.train()
         before = {key: bits(buffer) for key, buffer in model.named_buffers()}
-        thawed = unfreezing.thawed
+        unfrozen = unfreezing.unfrozen
         model(torch.randn(8, 4, 5))
         changed = {key for key, buffer in model.named_buffers() if bits(buffer) != before[key]}
-        assert {key[0] for key in changed} == (set(thawed) if hold else {"0", "1", "2"})
+        assert {key[0] for key in changed} == (set(unfrozen) if hold else {"0", "1", "2"})
         assert all(module.training for module in model.modules())
         unfreezing.step()
 
@@ -566,7 +566,7 @@ def test_statistics_hold_under_compile_checkpointing_deepcopy_and_pickle():
 # ---- the rest of peftlib
 
 
-def test_adapters_thaw_by_depth_and_the_base_never_does():
+def test_adapters_unfreeze_by_depth_and_the_base_never_does():
     model = network(layers=LAYERS)
     peftlib.inject(model, ["q_proj", "v_proj"], LoRA, rank=2)
     peftlib.inject(model, "head", Full)
@@ -574,11 +574,11 @@ def test_adapters_thaw_by_depth_and_the_base_never_does():
     run = Run(schedules.every(2), model=model)
     assert [group.name for group in run.groups] == GROUPS[1:]
     for _ in range(10):
-        before, thawed = values(model), run.unfreezing.thawed
+        before, unfrozen = values(model), run.unfreezing.unfrozen
         run.train(1)
         changed = moved(before, model)
-        assert changed <= names_in(run, thawed)
-        assert {name for name in names_in(run, thawed) if "lora_B" in name or "head" in name} <= changed
+        assert changed <= names_in(run, unfrozen)
+        assert {name for name in names_in(run, unfrozen) if "lora_B" in name or "head" in name} <= changed
     assert {name: bits(p) for name, p in model.named_parameters() if ".adapters." not in name} == base
     peftlib.eject(model)
     assert all(p.requires_grad for p in model.parameters())
@@ -596,13 +596,13 @@ def test_lora_plus_and_a_schedule_go_together():
     optimizer.step()
     assert {name.split(".")[1] for name in moved(before, model)} == {"2"}
     unfreezing.step()
-    assert unfreezing.thawed == ["layers.1", "layers.2"]
+    assert unfreezing.unfrozen == ["layers.1", "layers.2"]
     own = torch.optim.AdamW(peftlib.lora_plus_groups(model, 0.1))
     with pytest.raises(AdapterError, match=r"^AdamW lacks layers\.0\..* Give it all groups from the start"):
         GradualUnfreezing(groups, schedules.every(1), own)
     unfreezing.remove()
     own = torch.optim.AdamW(peftlib.lora_plus_groups(model, 0.1))
-    assert GradualUnfreezing(groups, schedules.every(1), own).thawed == ["layers.2"]
+    assert GradualUnfreezing(groups, schedules.every(1), own).unfrozen == ["layers.2"]
 
 
 # ---- one schedule at a time
@@ -614,7 +614,7 @@ def test_a_second_schedule_takes_the_place_of_the_first():
     groups = peftlib.layer_groups(run.model)
     assert [group.name for group in groups] == GROUPS, "what is frozen at the moment trains later"
     second = GradualUnfreezing(groups, schedules.every(1), run.optimizer)
-    assert second.thawed == ["head"]
+    assert second.unfrozen == ["head"]
     with pytest.raises(AdapterError, match=r"another took its place\. Call step of that one\."):
         run.unfreezing.step()
     assert len(run.optimizer._optimizer_step_pre_hooks) == 1
@@ -761,7 +761,7 @@ def test_a_metric_for_a_schedule_that_goes_by_the_count():
     unfreezing = Run(schedules.every(1)).unfreezing
     with pytest.raises(AdapterError, match=r'^step: "every 1" goes by the count alone\. Call step\(\) without'):
         unfreezing.step(0.5)
-    assert unfreezing.thawed == ["head"]
+    assert unfreezing.unfrozen == ["head"]
 
 
 @pytest.mark.parametrize("key", ["groups", "schedule"])
@@ -772,7 +772,7 @@ def test_a_state_of_something_else(key):
         AdapterError, match=rf"^load_state_dict: {key}: 'other' in the state, .* here\. Make them equal"
     ):
         run.unfreezing.load_state_dict(state)
-    assert run.unfreezing.thawed == ["head"]
+    assert run.unfreezing.unfrozen == ["head"]
 
 
 def test_the_examples_of_the_schedules_run():

@@ -1,4 +1,4 @@
-"""Gradual unfreezing on two gloo ranks, DDP and FSDP2, equals one process through every freeze and thaw."""
+"""Gradual unfreezing on two gloo ranks, DDP and FSDP2, equals one process through every freeze and unfreeze."""
 
 import pathlib
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def train(model: nn.Module, network: Any, part: slice, schedule: Any) -> list[li
     optimizer = torch.optim.AdamW(peftlib.discriminative_lr(groups, 0.05, decay=1.5), weight_decay=0.1)
     unfreezing = peftlib.GradualUnfreezing(groups, schedule, optimizer, warmup=2)
     near = peftlib.L2SP(network, alpha=0.1, targets="layers")
-    generator, thawed = torch.Generator().manual_seed(2), []
+    generator, unfrozen = torch.Generator().manual_seed(2), []
     for _ in range(STEPS):
         tokens = torch.randint(0, 11, (BATCH, 5), generator=generator)[part]
         labels = torch.randint(0, 3, (BATCH, 5), generator=generator)[part]
@@ -46,9 +46,9 @@ def train(model: nn.Module, network: Any, part: slice, schedule: Any) -> list[li
         loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
         (loss + near()).backward()
         optimizer.step()
-        thawed.append(unfreezing.thawed)
+        unfrozen.append(unfreezing.unfrozen)
         unfreezing.step()
-    return thawed
+    return unfrozen
 
 
 def state_of(network: nn.Module) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def with_ddp_in_buckets(network: Any) -> nn.Module:
 
 
 def with_fsdp(network: Any) -> nn.Module:
-    """The embedding and the head share a unit, so one unit holds frozen and thawed parameters."""
+    """The embedding and the head share a unit, so one unit holds frozen and unfrozen parameters."""
     mesh = init_device_mesh("cpu", (RANKS,))
     for layer in network.layers:
         fully_shard(layer, mesh=mesh)
@@ -133,14 +133,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("at", range(len(CASES)), ids=[f"{way.__name__}-{n}-{a}" for way, n, a in CASES])
-def test_two_ranks_equal_one_process_through_every_thaw(at: int, ran: pathlib.Path):
+def test_two_ranks_equal_one_process_through_every_unfreeze(at: int, ran: pathlib.Path):
     """In float64 the mean of two halves differs from that of the whole batch by 1e-16 or so, in gradients of at most 1.
     Adam divides by √v + 1e-8, so a weight differs by at most lr · 1e-16 / 1e-8 = 5e-10 a step: 1e-8 for twelve."""
     _, name, adapted = CASES[at]
     network = build(adapted)
     start = state_of(network)
-    thawed = train(network, network, slice(None), SCHEDULES[name]())
-    assert len({tuple(each) for each in thawed}) >= (4 if not adapted else 3)
+    unfrozen = train(network, network, slice(None), SCHEDULES[name]())
+    assert len({tuple(each) for each in unfrozen}) >= (4 if not adapted else 3)
     expected = state_of(network)
     for rank in range(RANKS):
         found = torch.load(ran / f"{at}-{rank}.pt")

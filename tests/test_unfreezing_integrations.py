@@ -74,13 +74,13 @@ def record(log: list[Any], model: nn.Module, optimizer: Any) -> None:
 
 
 def check(whole: list[Any], first: list[Any], rest: list[Any]) -> None:
-    """The run that was stopped and resumed is the run that was not, and each group moves from its thaw on."""
+    """The run that was stopped and resumed is the run that was not, and each group moves from its unfreeze on."""
     assert len(whole) == STEPS + 1
     assert [*first, *rest[1:]] == whole
     for step in range(STEPS):
         changed = {name for name in whole[0][0] if whole[step][0][name] != whole[step + 1][0][name]}
-        thawed = GROUPS[max(0, 3 - step // 2) :]
-        assert {name for name in whole[0][0] if any(f"{group}." in name for group in thawed)} == changed, step
+        unfrozen = GROUPS[max(0, 3 - step // 2) :]
+        assert {name for name in whole[0][0] if any(f"{group}." in name for group in unfrozen)} == changed, step
         assert set(whole[step + 1][1]) == changed
 
 

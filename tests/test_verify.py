@@ -95,7 +95,7 @@ def frozen_adapter() -> Any:
     return model
 
 
-def thawed_base() -> Any:
+def unfrozen_base() -> Any:
     model = adapted(linears())
     model[0].bias.requires_grad_(True)
     return model
@@ -160,7 +160,7 @@ PROBLEMS = {
         frozen_adapter,
         [f'"default" on {i} (LoRA) does not train: none of its parameters has requires_grad.' for i in (0, 1)],
     ),
-    "a base that trains": (thawed_base, ["0.bias of the base trains. Freeze it, or adapt it with Full."]),
+    "a base that trains": (unfrozen_base, ["0.bias of the base trains. Freeze it, or adapt it with Full."]),
     "a root that trains": (
         lambda: adapted(nn.Linear(4, 4), freeze=False),
         ["weight of the base trains.", "bias of the base trains."],

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from .._errors import AdapterError
-from .clone import face
+from .clone import clone
 from .host import Selection
 from .walk import adapters, remember_view, require
 
@@ -59,7 +59,7 @@ def _choose_again(selection: Selection, names: tuple[str, ...]) -> None:
     """A model that was merged inside the block goes back to the choice when it is unmerged."""
     known = tuple(name for name in names if name in selection.count)
     if selection.merged:
-        selection.aside = known
+        selection.active_before_merge = known
     else:
         selection.active = known
 
@@ -122,7 +122,7 @@ def view(model: M, *names: str) -> M:
     """
     original = require(model, names)
     _require_live(original, "view")
-    other: Any = face(model)
+    other: Any = clone(model)
     selection = require(other)
     selection.active = tuple(dict.fromkeys(names))
     remember_view(original, selection)

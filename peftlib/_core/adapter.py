@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import AdapterError
-from .override import shadowed, weight_of
+from .override import overridden, weight_of
 
 KINDS: dict[str, type["Adapter"]] = {}
 
@@ -59,9 +59,9 @@ class Adapter(nn.Module):
 
     def forward(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The call form. `call(*args, **kwargs)` is what the host would have done by itself, with what nests inside."""
-        inside, call = unwound(call)
+        inside, call = unwrapped(call)
         folded = fold_all(host, [*inside, self])
-        with shadowed(host, as_weights(host, folded)):
+        with overridden(host, as_weights(host, folded)):
             return call(*args, **kwargs)
 
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
@@ -113,11 +113,11 @@ class Adapter(nn.Module):
         return ", ".join(f"{key}={value!r}" for key, value in getattr(self, "config", {}).items())
 
 
-def has_weight_form(adapter: Adapter) -> bool:
+def can_be_merged(adapter: Adapter) -> bool:
     return type(adapter).fold is not Adapter.fold
 
 
-def unwound(
+def unwrapped(
     call: Callable[..., Any], innermost: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda call: call
 ) -> tuple[list[Adapter], Callable[..., Any]]:
     """The adapters inside a call that have a weight form, innermost first, and the call without them.
@@ -126,7 +126,7 @@ def unwound(
     `innermost` changes the host's own call, with those that have only a call form still around it."""
     folding, calling, host = [], [], None
     while isinstance(call, functools.partial) and isinstance(call.func, Adapter):
-        (folding if has_weight_form(call.func) else calling).append(call.func)
+        (folding if can_be_merged(call.func) else calling).append(call.func)
         host, call = call.args
     call = innermost(call)
     for adapter in reversed(calling):
@@ -138,7 +138,7 @@ def fold_all(host: nn.Module, adapters: list[Adapter]) -> dict[str, Tensor]:
     """What the host's weights become, each fold on what the one before it gave, unrounded."""
     values: dict[str, Tensor] = {}
     for adapter in adapters:
-        with shadowed(host, values):
+        with overridden(host, values):
             values = {**values, **adapter.fold(host)}
     return values
 

@@ -12,7 +12,7 @@ from .foreign import hook_of
 from .quantized import meta_stand_in, wraps_others
 
 
-def face(model: nn.Module, meta: bool = False) -> Any:
+def clone(model: nn.Module, meta: bool = False) -> Any:
     """A copy of the module objects that shares every tensor with the original, or has them all on the meta device."""
     shared: dict[int, Any] = {}
     for module in model.modules():
@@ -20,7 +20,7 @@ def face(model: nn.Module, meta: bool = False) -> Any:
         shared[id(hook_of(module))] = hook_of(module)  # one that offloads holds all weights of the model
     other = copy.deepcopy(model, shared)
     for module in other.modules():
-        _lift(module)
+        _lift_overrides(module)
     return other
 
 
@@ -48,8 +48,8 @@ def _shared(tensor: Tensor) -> Tensor:
     return other
 
 
-def _lift(module: Any) -> None:
-    shadows = _shadows(module, module.__dict__)
+def _lift_overrides(module: Any) -> None:
+    shadows = _overrides_in(module, module.__dict__)
     for name in shadows:
         del module.__dict__[name]
     if shadows and isinstance(module, nn.RNNBase):  # it computes from a list of its weights
@@ -57,17 +57,17 @@ def _lift(module: Any) -> None:
         module.__dict__.update(_flat_weights=weights, _flat_weight_refs=[weakref.ref(weight) for weight in weights])
 
 
-def unshadowed(module: Any, state: Any) -> Any:
+def without_overrides(module: Any, state: Any) -> Any:
     """A module's state without what stands before its own tensors only while a call lasts, in another thread maybe."""
     if not isinstance(state, dict):
         return state
     state = dict(state)  # at once: the call may end in the middle of a copy
-    for name in _shadows(module, state):
+    for name in _overrides_in(module, state):
         del state[name]
     return state
 
 
-def _shadows(module: Any, state: dict[str, Any]) -> list[str]:
+def _overrides_in(module: Any, state: dict[str, Any]) -> list[str]:
     return [name for name, value in state.items() if isinstance(value, Tensor) and _is_read_elsewhere(module, name)]
 
 

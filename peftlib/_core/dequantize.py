@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .clone import face
+from .clone import clone
 from .host import adapters_of, base_type, become, parts, require_unwrapped
 from .merged_weights import full_precision
-from .quantized import packed_as, wraps_others
+from .quantized import quantized_as, wraps_others
 from .walk import hosts
 
 _ROWS = 256  # of the identity at a time: of 8192 inputs they take 8 MB, all at once 256 MB
@@ -33,10 +33,10 @@ class Probe(NamedTuple):
 
 
 @torch.no_grad()
-def dequantise(model: nn.Module, names: tuple[str, ...]) -> dict[str, Probe]:
+def dequantize_linears(model: nn.Module, names: tuple[str, ...]) -> dict[str, Probe]:
     """Makes each quantised linear layer that these adapters are on an `nn.Linear` in float32, in place. What the live
     layers gave is kept, by name."""
-    quantised = [(name, host) for name, host in hosts(model) if parts(host, names) and _is_quantised_linear(host)]
+    quantised = [(name, host) for name, host in hosts(model) if parts(host, names) and _is_quantized_linear(host)]
     probes: dict[str, Probe] = {}
     for name, host in quantised:
         require_unwrapped(name, host)
@@ -46,13 +46,13 @@ def dequantise(model: nn.Module, names: tuple[str, ...]) -> dict[str, Probe]:
     return probes
 
 
-def _is_quantised_linear(host: nn.Module) -> bool:
-    return isinstance(host, nn.Linear) and packed_as(host, "weight") is not None
+def _is_quantized_linear(host: nn.Module) -> bool:
+    return isinstance(host, nn.Linear) and quantized_as(host, "weight") is not None
 
 
 def _probe(host: Any, names: tuple[str, ...]) -> Probe:
     """In the mode that the host is in, training or not, its adapters without dropout."""
-    live = face(host)
+    live = clone(host)
     adapters_of(live).selection.active = names
     adapters_of(live).eval()
     _own_bias(live)
@@ -85,7 +85,7 @@ def _plain(host: Any) -> nn.Linear:
 def _weight(host: Any) -> Tensor:
     """[out, in], in blocks of columns. A row of the identity is exact in every dtype, and where rows are quantised; in
     training layers round less: bitsandbytes then multiplies by the weight itself, not by codes or in bfloat16."""
-    bare: Any = face(host).train()
+    bare: Any = clone(host).train()
     bare._parameters["bias"] = None
     forward: Any = base_type(type(host)).forward
     dtype = torch.float32 if _takes_float32(bare, forward) else _dtype(host)

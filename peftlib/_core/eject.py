@@ -5,7 +5,7 @@ from typing import Literal, overload
 from torch import nn
 
 from .._errors import AdapterError
-from .dequantize import dequantise
+from .dequantize import dequantize_linears
 from .foreign import fast_paths_around
 from .host import Selection, all_or_nothing, parts, release, require_on_top, take
 from .inject import _FROZEN, require_changeable
@@ -61,7 +61,7 @@ def eject(
     """
     selection = require(model, () if name is None else (name,))
     if dequantize:
-        return _eject_dequantised(model, name, merge)
+        return _eject_dequantized(model, name, merge)
     if not merge:
         require_changeable(model, "eject")
         _take_out(model, name)
@@ -73,13 +73,13 @@ def eject(
         if not folded_before:
             unmerge(model)
         raise
-    selection.active = tuple(other for other in selection.aside if other in selection.count)
+    selection.active = tuple(other for other in selection.active_before_merge if other in selection.count)
     selection.merged = ()
     forget_backups(model)
     return None
 
 
-def _eject_dequantised(model: nn.Module, name: str | None, merge: bool) -> dict[str, float]:
+def _eject_dequantized(model: nn.Module, name: str | None, merge: bool) -> dict[str, float]:
     if not merge:
         raise AdapterError(
             "eject: dequantize=True without merge=True would only make the base larger. Pass both, or neither."
@@ -87,7 +87,7 @@ def _eject_dequantised(model: nn.Module, name: str | None, merge: bool) -> dict[
     require_changeable(model, "eject")
     names = require(model).active if name is None else (name,)
     with all_or_nothing(model):
-        probes = dequantise(model, names)
+        probes = dequantize_linears(model, names)
         fold_in(model, *names)
         try:
             errors = {host_name: probe.error() for host_name, probe in probes.items()}
@@ -122,10 +122,10 @@ def _take_out(model: nn.Module, name: str | None) -> None:
                 require_on_top(host_name, host)
                 release(host)
         if not adapted:
-            _thaw(model)
+            _unfreeze(model)
 
 
-def _thaw(model: nn.Module) -> None:
+def _unfreeze(model: nn.Module) -> None:
     for module in model.modules():
         for leaf in module.__dict__.pop(_FROZEN, ()):
             parameter = module._parameters.get(leaf)  # gone where something pruned, parametrized or packed it since

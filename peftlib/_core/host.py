@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._errors import AdapterError
 from .adapter import Adapter
-from .clone import unshadowed
+from .clone import without_overrides
 from .foreign import FAST_PATHS, is_bound, place_of_forward
 
 _INNER = "_inner_forward"
@@ -29,7 +29,7 @@ class Selection:
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
-        self.aside: tuple[str, ...] = ()
+        self.active_before_merge: tuple[str, ...] = ()
         self.count: dict[str, int] = {}
         self.load: tuple[list[str], list[str] | None] | None = None
 
@@ -79,7 +79,7 @@ class Adapted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, state, *rest = super().__reduce_ex__(protocol)
-        return _rebuild, (base_type(type(self)),), unshadowed(self, state), *rest
+        return _rebuild, (base_type(type(self)),), without_overrides(self, state), *rest
 
 
 _classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
@@ -109,17 +109,17 @@ def _forward_around(cls: Any) -> Callable[..., Any]:
 
 
 def _overrides(cls: type) -> dict[str, property]:
-    """A property wins over `__dict__`, so a shadowed tensor could not stand before a computed (parametrized) weight."""
+    """A property wins over `__dict__`, so a computed (parametrized) weight could not be overridden through it."""
     lineage = [base for base in reversed(cls.__mro__) if issubclass(base, nn.Module)]
     computed = {name: item for base in lineage for name, item in vars(base).items() if isinstance(item, property)}
-    overrides = {name: _shadow_first(name, item) for name, item in computed.items()}
+    overrides = {name: _override_first(name, item) for name, item in computed.items()}
     for base, (attribute, off) in FAST_PATHS.items():
         if issubclass(cls, base):
             overrides[attribute] = _off_while_adapted(attribute, off)
     return overrides
 
 
-def _shadow_first(name: str, computed: property) -> property:
+def _override_first(name: str, computed: property) -> property:
     fget: Any = computed.fget  # not computed.__get__, which torch.compile cannot trace
 
     def get(self: Any) -> Any:

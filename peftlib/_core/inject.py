@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._errors import AdapterError
 from .adapter import Adapter, full_config
-from .clone import face
+from .clone import clone
 from .foreign import fast_paths_around, present, reader_of
 from .host import (
     Adapters,
@@ -162,7 +162,7 @@ def _on_host(part: Part) -> Adapter:
 
 def _on_meta(part: Part) -> Adapter:
     try:
-        return part.kind(face(part.host, meta=True), **part.config)
+        return part.kind(clone(part.host, meta=True), **part.config)
     except (RuntimeError, NotImplementedError) as error:
         if "meta" not in str(error):
             raise

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import AdapterError
-from .adapter import has_weight_form
+from .adapter import can_be_merged
 from .host import Adapters, Selection
 from .merged_weights import Folded, folded_by_host
 from .walk import adapters, hosts, require, require_no_views
@@ -57,7 +57,7 @@ def merge(model: nn.Module, *names: str, backup: str = "device") -> None:
         raise
     for owner, leaf, kept in written:
         owner.__dict__.setdefault(_BACKUP, {})[leaf] = kept
-    selection.merged, selection.aside, selection.active = names, selection.active, ()
+    selection.merged, selection.active_before_merge, selection.active = names, selection.active, ()
 
 
 def unmerge(model: nn.Module) -> None:
@@ -90,7 +90,7 @@ def unmerge(model: nn.Module) -> None:
                 _exchange(owner, leaf)
         raise
     forget_backups(model)
-    selection.merged, selection.active = (), selection.aside
+    selection.merged, selection.active = (), selection.active_before_merge
 
 
 @torch.no_grad()
@@ -220,7 +220,7 @@ def _ready_to_fold(
     if not names:
         raise AdapterError(f"{doing}: no adapter is active. Name one of {', '.join(map(repr, selection.count))}.")
     for host_name, name, adapter in adapters(model):
-        if name in names and not has_weight_form(adapter):
+        if name in names and not can_be_merged(adapter):
             raise AdapterError(
                 f'{doing}: "{name}" holds a {type(adapter).__name__} on {host_name or "the root"}, which has no weight '
                 "form. Keep it live, or merge another name."

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from .._errors import AdapterError
 from .adapter import Adapter, fold_all
-from .clone import face
+from .clone import clone
 from .foreign import is_offloaded
 from .host import is_host, parts
-from .override import owner_of, shadowed
-from .quantized import packed_as
+from .override import overridden, owner_of
+from .quantized import quantized_as
 from .walk import candidates, hosts
 
 
@@ -65,13 +65,13 @@ def _fold(host_name: str, host: nn.Module, names: Container[str], start: list[Fo
             f"cannot merge into {host_name or 'the root'}: accelerate keeps its weights in memory or on disk between "
             "calls. Merge before the model is offloaded, or take the hooks off first (remove_hook_from_module)."
         )
-    scratch = face(host)
+    scratch = clone(host)
     paths = {id(module): path for path, module in host.named_modules()}
     values = {f"{paths[id(item.owner)]}.{item.leaf}".lstrip("."): item.value for item in start}
     for adapter in parts(scratch, names):
         _require_finite(host_name, adapter)
     try:
-        with shadowed(scratch, values), full_precision(scratch):
+        with overridden(scratch, values), full_precision(scratch):
             values |= fold_all(scratch, parts(scratch, names))
     except (RuntimeError, TypeError):  # a quantised weight does arithmetic in ways of its own, or not at all
         for leaf, _ in scratch.named_parameters(recurse=False):
@@ -111,7 +111,7 @@ def _item(host_name: str, host: nn.Module, path: str, value: Tensor) -> Folded:
 
 
 def _require_plain(name: str, owner: nn.Module, leaf: str) -> None:
-    packed = packed_as(owner, leaf)
+    packed = quantized_as(owner, leaf)
     if packed:
         raise AdapterError(
             f"cannot merge into {name}: it is quantised ({packed}), and its codes cannot hold the result. Keep the "
@@ -169,8 +169,8 @@ def _refuse_shared(items: list[Folded], owners: dict[object, list[_Owner]], host
     by_place = {(id(item.owner), item.leaf): item for item in items}
     for item in items:
         for owner, leaf, name, tensor in owners[_memory(item.base)]:
-            twin = by_place.get((owner, leaf))
-            if (twin is None or twin.value is not item.value) and _overlap(item.base, tensor):
+            same = by_place.get((owner, leaf))
+            if (same is None or same.value is not item.value) and _overlap(item.base, tensor):
                 names = ", ".join(dict.fromkeys(f'"{part.name}"' for part in parts(host)))
                 raise AdapterError(
                     f"cannot merge {names} into {item.name}: it is also {name}, which would change too. "

@@ -25,19 +25,19 @@ def tensors_of(module: nn.Module, one: str, other: str) -> tuple[Any, Any]:
         own = own["_parameters"]
     try:
         return own[one], own[other]
-    except KeyError:  # computed, or one of them shadowed
+    except KeyError:  # computed, or one of them overridden
         return getattr(module, one), getattr(module, other)
 
 
 @contextlib.contextmanager
-def shadowed(host: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+def overridden(host: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Puts tensors before the host's own: attribute look-up finds `__dict__` before `_parameters`."""
     places = [(*owner_of(host, path), value) for path, value in values.items()]
     before = [(owner, leaf, owner.__dict__.get(leaf, _absent)) for owner, leaf, _ in places]
     try:
         for owner, leaf, value in places:
             owner.__dict__[leaf] = value
-        with _flat_weights_shadowed([owner for owner, _, _ in places]):  # no id: Dynamo would compile each host anew
+        with _flat_weights_overridden([owner for owner, _, _ in places]):  # no id: Dynamo would compile each host anew
             yield
     finally:
         for owner, leaf, value in before:
@@ -51,7 +51,7 @@ _absent = object()
 
 
 @contextlib.contextmanager
-def _flat_weights_shadowed(owners: Any) -> Iterator[None]:
+def _flat_weights_overridden(owners: Any) -> Iterator[None]:
     """RNNs compute from a list of their weights, not from the attributes, and make it anew where a weak reference to
     an attribute no longer holds."""
     before = [

@@ -34,7 +34,7 @@ def weight_shape(host: nn.Module, path: str) -> Shape:
     return tuple(weight.shape)
 
 
-def packed_as(host: nn.Module, path: str) -> str | None:
+def quantized_as(host: nn.Module, path: str) -> str | None:
     """How a weight is quantised, in words: a tensor around others, whole numbers, or another shape than it stands for.
     None where it is plain, or shards of what is plain."""
     weight = weight_of(host, path)
@@ -45,7 +45,7 @@ def packed_as(host: nn.Module, path: str) -> str | None:
     return None if tuple(weight.shape) == weight_shape(host, path) else f"{list(weight.shape)} of {weight.dtype}"
 
 
-def unreal_as(host: nn.Module, path: str) -> str | None:
+def not_real_as(host: nn.Module, path: str) -> str | None:
     """What a weight is, in words, that has no real numbers of its own to copy or to measure: packed, or complex."""
     weight = weight_of(host, path)
-    return str(weight.dtype) if weight.is_complex() else packed_as(host, path)
+    return str(weight.dtype) if weight.is_complex() else quantized_as(host, path)

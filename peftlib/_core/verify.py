@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import AdapterError
-from .adapter import Adapter, has_weight_form
+from .adapter import Adapter, can_be_merged
 from .foreign import is_offloaded
 from .merge import merged
-from .quantized import packed_as
+from .quantized import quantized_as
 from .walk import adapters, candidates, require
 
 
@@ -188,9 +188,9 @@ def _base_problems(model: nn.Module) -> Iterator[str]:
 
 @torch.no_grad()
 def _difference(model: nn.Module, active: list[Named], inputs: Any, named_inputs: Any) -> float | None:
-    if not active or is_offloaded(model) or not all(has_weight_form(adapter) for *_, adapter in active):
+    if not active or is_offloaded(model) or not all(can_be_merged(adapter) for *_, adapter in active):
         return None
-    if any(_is_quantised(model.get_submodule(host_name)) for host_name, *_ in active):
+    if any(_is_quantized(model.get_submodule(host_name)) for host_name, *_ in active):
         return None  # before a pass in eval mode, at which a layer may pack its weight so that it trains no more
     live = list(_tensors(model(*inputs, **named_inputs)))
     with merged(model):
@@ -201,8 +201,8 @@ def _difference(model: nn.Module, active: list[Named], inputs: Any, named_inputs
     )
 
 
-def _is_quantised(host: nn.Module) -> bool:
-    return any(packed_as(host, leaf) for leaf, p in host._parameters.items() if p is not None)
+def _is_quantized(host: nn.Module) -> bool:
+    return any(quantized_as(host, leaf) for leaf, p in host._parameters.items() if p is not None)
 
 
 @contextlib.contextmanager

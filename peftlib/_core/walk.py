@@ -105,7 +105,9 @@ def _join(shared: Selection, others: list[Selection]) -> None:
         raise AdapterError("a part of this model is merged and another is not. Call unmerge on the merged part first.")
     for other in others:
         shared.active += tuple(name for name in other.active if name not in shared.active)
-        shared.aside += tuple(name for name in other.aside if name not in shared.aside)
+        shared.active_before_merge += tuple(
+            name for name in other.active_before_merge if name not in shared.active_before_merge
+        )
         for name, count in other.count.items():
             shared.count[name] = shared.count.get(name, 0) + count
         _views.setdefault(shared, weakref.WeakSet()).update(_views.pop(other, ()))

@@ -10,7 +10,7 @@ from .._core.foreign import reader_of
 from .._core.inject import Part
 from .._core.walk import candidates
 from .._errors import AdapterError
-from ..kinds._low_rank import term_of
+from ..kinds._low_rank import low_rank_branch_of
 from ..kinds._weight_layout import is_transposed_linear
 from ..kinds.full import Full
 from ..kinds.ia3 import IA3
@@ -61,7 +61,7 @@ def _require_same(model: nn.Module, name: str, host: nn.Module) -> None:
         reason = "its parent reads it without calling it, so the factor never acts"
     elif not isinstance(host, _HOSTS) and not is_transposed_linear(host):
         reason = f"peft has no (IA)³ for {class_of(host)}"
-    elif term_of(host, "weight") is None:
+    elif low_rank_branch_of(host, "weight") is None:
         reason = f"{class_of(host)} has a forward of its own; peft scales around it, here the weight is scaled"
     if reason:
         raise AdapterError(f"{name}: {reason}. Leave this layer out.")

@@ -12,7 +12,7 @@ from .._core.inject import Part
 from .._core.override import weight_of
 from .._core.walk import candidates
 from .._errors import AdapterError
-from ..kinds._low_rank import term_of
+from ..kinds._low_rank import low_rank_branch_of
 from ..kinds.dora import DoRA
 from ..kinds.full import Full
 from ..kinds.lora import LoRA
@@ -76,7 +76,7 @@ def keywords_of(site: Site, config: Config, rank: int) -> dict[str, Any]:
     stabilized, alpha = config["use_rslora"], site.alpha * site.layout.times
     if rank != site.rank:
         alpha, stabilized = alpha * rank / (math.sqrt(site.rank) if stabilized else site.rank), False
-    drops = term_of(site.host, site.param) is not None and not isinstance(site.layout, Looked)
+    drops = low_rank_branch_of(site.host, site.param) is not None and not isinstance(site.layout, Looked)
     return {
         "rank": rank,
         "alpha": alpha,

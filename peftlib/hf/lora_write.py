@@ -12,7 +12,7 @@ from .._core.adapter import Adapter
 from .._core.override import owner_of, weight_of
 from .._core.walk import candidates
 from .._errors import AdapterError
-from ..kinds._low_rank import term_of
+from ..kinds._low_rank import low_rank_branch_of
 from ..kinds._weight_layout import is_transposed_linear
 from ..kinds.dora import DoRA
 from ..kinds.full import Full
@@ -161,7 +161,7 @@ def pair_of(names: dict[int, str], host: nn.Module, adapter: LoRA) -> Pair:
     alpha = (adapter.config["alpha"] if kept else adapter.scale * there) / layout.times
     stabilized = kept and adapter.config["rank_stabilized"]
     by_module = is_module_target(host, adapter.param)
-    drops = by_module and term_of(host, adapter.param) is not None and not isinstance(layout, Looked)
+    drops = by_module and low_rank_branch_of(host, adapter.param) is not None and not isinstance(layout, Looked)
     return Pair(
         module, (module, adapter.param if of_attention else leaf),
         module if by_module else f"{module}.{leaf}", host, adapter.param, layout, *layout.write(A, B),

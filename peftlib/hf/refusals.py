@@ -6,7 +6,7 @@ from torch import nn
 
 from .._core.host import base_type
 from .._core.override import owner_of, weight_of
-from ..kinds._low_rank import term_of
+from ..kinds._low_rank import low_rank_branch_of
 from ..kinds._weight_layout import is_transposed_linear
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -37,7 +37,7 @@ def refusal(host: nn.Module, param: str) -> str | None:
         return _embedding_refusal(owner)
     if isinstance(owner, CONVS):
         return _conv_refusal(owner)
-    if term_of(owner, "weight") is None:
+    if low_rank_branch_of(owner, "weight") is None:
         return OWN_FORWARD.format(class_of(owner))
     return None
 
@@ -45,7 +45,7 @@ def refusal(host: nn.Module, param: str) -> str | None:
 def _embedding_refusal(owner: Any) -> str | None:
     if owner.max_norm is not None:
         return "peft renormalises its own factor where max_norm is set"
-    own_forward = term_of(owner, "weight") is None and not owner.scale_grad_by_freq
+    own_forward = low_rank_branch_of(owner, "weight") is None and not owner.scale_grad_by_freq
     if own_forward and getattr(owner, "embed_scale", None) is None:
         return f"{class_of(owner)} has a forward of its own, which peft goes around"
     return None
@@ -54,7 +54,7 @@ def _embedding_refusal(owner: Any) -> str | None:
 def _conv_refusal(owner: Any) -> str | None:
     kernel = any(size != 1 for size in owner.kernel_size)
     padded = owner.padding not in ("valid", (0,) * len(owner.kernel_size)) and (owner.padding != "same" or kernel)
-    if term_of(owner, "weight") is None:
+    if low_rank_branch_of(owner, "weight") is None:
         return OWN_FORWARD.format(class_of(owner))
     if kernel and any(step != 1 for step in owner.dilation):
         return f"peft ignores the dilation {owner.dilation}"

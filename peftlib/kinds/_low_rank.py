@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from .._core.host import base_type
 from .._core.override import weight_of
-from .._core.quantized import packed_as
+from .._core.quantized import quantized_as
 from .._errors import AdapterError
 from ._weight_layout import _CONVS, _TRANSPOSED, is_transposed_linear
 
-Term = Callable[..., Tensor]
+Branch = Callable[..., Tensor]
 
 
 def _own_forward(host: nn.Module) -> Any:
@@ -28,16 +28,16 @@ def is_plain_linear(host: nn.Module) -> bool:
     return type(host.weight) in (Tensor, nn.Parameter) and host.weight.is_floating_point()
 
 
-def term_of(host: nn.Module, path: str) -> Term | None:
+def low_rank_branch_of(host: nn.Module, path: str) -> Branch | None:
     """The low-rank call on this host; None where only the weight form is exact.
 
     A subclass with a forward of its own may do more than the stock layer, so there the weights speak."""
     if path != "weight":
         return None
-    if is_transposed_linear(host) or (isinstance(host, nn.Linear) and packed_as(host, path)):
-        return linear_term
+    if is_transposed_linear(host) or (isinstance(host, nn.Linear) and quantized_as(host, path)):
+        return linear_branch
     forward = _own_forward(host)
-    for stock, term in _TERMS:
+    for stock, term in _BRANCHES:
         if isinstance(host, stock) and forward is stock.forward:
             return None if _bends_lookup(host) else term
     return None
@@ -49,16 +49,16 @@ def _bends_lookup(host: nn.Module) -> bool:
     return lookup and (host.max_norm is not None or host.scale_grad_by_freq or getattr(host, "mode", "sum") == "max")
 
 
-def linear_term(_: nn.Module, A: Tensor, B: Tensor, input: Tensor) -> Tensor:
+def linear_branch(_: nn.Module, A: Tensor, B: Tensor, input: Tensor) -> Tensor:
     return F.linear(F.linear(input, A), B)
 
 
-def _conv_term(host: Any, A: Tensor, B: Tensor, input: Tensor) -> Tensor:
+def _conv_branch(host: Any, A: Tensor, B: Tensor, input: Tensor) -> Tensor:
     shared_A = A.repeat(host.groups, *[1] * (A.dim() - 1))  # [groups * rank, in/groups, *kernel]
     return _convolve(host._conv_forward(input, shared_A, None), B, host.groups)
 
 
-def _transposed_term(host: Any, A: Tensor, B: Tensor, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+def _transposed_branch(host: Any, A: Tensor, B: Tensor, input: Tensor, output_size: list[int] | None = None) -> Tensor:
     groups, kernel = host.groups, [1] * (A.dim() - 2)
     by_group = A.view(A.shape[0], groups, -1).transpose(0, 1).reshape(groups * A.shape[0], -1, *kernel)
     h = _convolve(input, by_group, groups)
@@ -74,14 +74,14 @@ def _convolve(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     return convolve(x, weight, groups=groups)
 
 
-def embedding_term(host: Any, A: Tensor, B: Tensor, input: Tensor) -> Tensor:
+def embedding_branch(host: Any, A: Tensor, B: Tensor, input: Tensor) -> Tensor:
     term = F.linear(F.embedding(input, A.t(), host.padding_idx), B)
     if host.padding_idx is None:
         return term
     return torch.where((input == host.padding_idx).unsqueeze(-1), term.detach(), term)  # as W's row, it does not learn
 
 
-def _bag_term(
+def _bag_branch(
     host: Any, A: Tensor, B: Tensor, input: Tensor, offsets: Any = None, per_sample_weights: Any = None
 ) -> Tensor:
     if per_sample_weights is not None:
@@ -93,20 +93,20 @@ def _bag_term(
     return F.linear(h, B)
 
 
-_TERMS: tuple[tuple[type[nn.Module], Term], ...] = (
-    (nn.Linear, linear_term),
-    *((conv, _conv_term) for conv in _CONVS),
-    *((conv, _transposed_term) for conv in _TRANSPOSED),
-    (nn.Embedding, embedding_term),
-    (nn.EmbeddingBag, _bag_term),
+_BRANCHES: tuple[tuple[type[nn.Module], Branch], ...] = (
+    (nn.Linear, linear_branch),
+    *((conv, _conv_branch) for conv in _CONVS),
+    *((conv, _transposed_branch) for conv in _TRANSPOSED),
+    (nn.Embedding, embedding_branch),
+    (nn.EmbeddingBag, _bag_branch),
 )
 
 
-def require_shadow(host: nn.Module, path: str) -> None:
-    """Only the weight form is left on this host, so it must read a floating-point tensor that can be shadowed."""
+def require_overridable(host: nn.Module, path: str) -> None:
+    """Only the weight form is left on this host, so it must read a floating-point tensor that can be overridden."""
     weight = weight_of(host, path)
     if not weight.is_floating_point():
         raise AdapterError(
             f"{type(host).__name__}.{path} is {weight.dtype}, not floating point, and only a Linear can be adapted "
-            "around a packed weight. Exclude it, or dequantise it."
+            "around a packed weight. Exclude it, or dequantize it."
         )

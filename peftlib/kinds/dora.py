@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.adapter import as_weights, fold_all, unwound
-from .._core.override import shadowed, weight_of
-from .._core.quantized import unreal_as
+from .._core.adapter import as_weights, fold_all, unwrapped
+from .._core.override import overridden, weight_of
+from .._core.quantized import not_real_as
 from .._errors import AdapterError
 from ..kernels import dora_norm
 from ._weight_layout import TransposedKernel
@@ -95,9 +95,9 @@ class DoRA(LoRA):
     def forward(self, host: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
         if self.term is None:
             return super().forward(host, call, *args, **kwargs)
-        inside, call = unwound(call, lambda bare: functools.partial(self._scaled, host, bare))
+        inside, call = unwrapped(call, lambda bare: functools.partial(self._scaled, host, bare))
         folded = fold_all(host, inside)
-        with shadowed(host, as_weights(host, folded)):
+        with overridden(host, as_weights(host, folded)):
             return call(*args, **kwargs)
 
     def _scaled(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -153,7 +153,7 @@ def _require_direction(host: nn.Module, param: str, init: str) -> None:
         raise AdapterError(
             'init="pissa" is of LoRA: DoRA starts from W itself. Pass "kaiming", "gaussian" or "orthogonal".'
         )
-    unreal = unreal_as(host, param) if isinstance(getattr(host, param, None), Tensor) else None
+    unreal = not_real_as(host, param) if isinstance(getattr(host, param, None), Tensor) else None
     if unreal:
         raise AdapterError(
             f"{type(host).__name__}.{param} is {unreal}, and DoRA needs the norms of its rows. Dequantise it, or "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .._core.adapter import Adapter, trainable_dtype
 from .._core.host import is_host
 from .._core.override import owner_of, weight_of
-from .._core.quantized import unreal_as
+from .._core.quantized import not_real_as
 from .._errors import AdapterError
 
 _OWN = "own"
@@ -73,7 +73,7 @@ class Full(Adapter):
         if not isinstance(weight, nn.Parameter):
             owner.register_buffer(leaf, weight.detach().clone())
             return
-        unreal = unreal_as(*owner_of(host, path))
+        unreal = not_real_as(*owner_of(host, path))
         if unreal:
             raise AdapterError(f"{type(host).__name__}.{path} is {unreal}, which cannot train. Leave it out of params.")
         copy = torch.empty_like(weight, dtype=trainable_dtype(dtype, weight)).copy_(weight.detach())
@@ -107,7 +107,7 @@ def _rows_of(host: nn.Module, paths: list[str], rows: Sequence[int]) -> Tensor:
         weight = weight_of(host, path)
         height = weight.shape[0] if weight.dim() > 1 else 0
         sound = all(type(row) is int and 0 <= row < height for row in rows) and len({*rows}) == len(rows) > 0
-        if not sound or unreal_as(*owner_of(host, path)):
+        if not sound or not_real_as(*owner_of(host, path)):
             raise AdapterError(
                 f"rows={list(rows)[:8]}: {type(host).__name__}.{path} has shape {tuple(weight.shape)}, dtype "
                 f"{weight.dtype}. Name rows of a floating-point matrix, each once."

@@ -10,7 +10,7 @@ from .._core.adapter import Adapter, trainable_dtype
 from .._core.host import base_type
 from .._errors import AdapterError
 from ._features import features_of
-from ._low_rank import term_of
+from ._low_rank import low_rank_branch_of
 from ._weight_layout import is_transposed_linear
 
 _SIDES = ("output", "input")
@@ -137,7 +137,7 @@ def _has_call_form(host: Any) -> bool:
     if isinstance(host, _NORMS):
         forward: Callable[..., Any] = base_type(type(host)).forward  # pyright: ignore[reportAttributeAccessIssue]
         return any(forward is getattr(norm, "forward", None) for norm in _NORMS)
-    return not isinstance(host, nn.MultiheadAttention) and term_of(host, "weight") is not None
+    return not isinstance(host, nn.MultiheadAttention) and low_rank_branch_of(host, "weight") is not None
 
 
 def _check(host: Any, on: str) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from .._core.adapter import Adapter, trainable_dtype
 from .._core.host import runs_bare
 from .._core.override import tensors_of, weight_of
-from .._core.quantized import unreal_as, weight_shape
+from .._core.quantized import not_real_as, weight_shape
 from .._errors import AdapterError
 from ..kernels import dropped, join_pairs, lora_add, lora_embedding, lora_linear
-from ._low_rank import embedding_term, is_plain_linear, linear_term, require_shadow, term_of
+from ._low_rank import embedding_branch, is_plain_linear, linear_branch, low_rank_branch_of, require_overridable
 from ._weight_layout import form_of, matrices_of, principal_pair
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
@@ -86,10 +86,10 @@ class LoRA(Adapter):
         shape = weight_shape(host, param)
         self.param, self.rank, self.dropout, self.init = param, rank, float(dropout), init
         self.scale = alpha / math.sqrt(rank) if rank_stabilized else alpha / rank
-        self.form, self.term = form_of(host, param, shape), term_of(host, param)
+        self.form, self.term = form_of(host, param, shape), low_rank_branch_of(host, param)
         self.kernel = None if init == "pissa" else _kernel_of(host, self.term)
         if self.term is None:
-            require_shadow(host, param)
+            require_overridable(host, param)
         if dropout and (self.term is None or self.form.looks_up):
             raise AdapterError(
                 f"dropout={dropout}: {type(host).__name__}.{param} has no input of its own to drop from. "
@@ -201,9 +201,9 @@ class LoRA(Adapter):
 
 
 def _kernel_of(host: nn.Module, term: Any) -> Any:
-    if term is linear_term:
+    if term is linear_branch:
         return lora_linear if is_plain_linear(host) else lora_add
-    return lora_embedding if term is embedding_term else None
+    return lora_embedding if term is embedding_branch else None
 
 
 def _joins(adapter: Any) -> bool:
@@ -242,7 +242,7 @@ def _require_singular_vectors(rank: int, out: int, inputs: int) -> None:
 
 
 def _require_values(host: nn.Module, param: str) -> None:
-    unreal = unreal_as(host, param)
+    unreal = not_real_as(host, param)
     if unreal:
         raise AdapterError(
             f'{type(host).__name__}.{param} is {unreal}, and init="pissa" needs the singular vectors of its values. '

@@ -27,7 +27,7 @@ class _InEvalMode:
 
 
 class Switch:
-    """Freezes and thaws one group."""
+    """Freezes and unfreezes one group."""
 
     def __init__(self, group: LayerGroup, hold_statistics: bool) -> None:
         self.group, self.held = group, list(group.statistics.values()) if hold_statistics else []
@@ -49,7 +49,7 @@ class Switch:
         for p in self.group.parameters.values():
             p.grad = None
 
-    def thaw(self) -> None:
+    def unfreeze(self) -> None:
         for p in self.group.parameters.values():
             p.requires_grad_(True)
         for handle in self.handles:

@@ -20,7 +20,7 @@ Depth = Callable[[str, nn.Parameter], Any]
 
 @dataclass(frozen=True, eq=False)
 class LayerGroup:
-    """Parameters that freeze and thaw together, by name, and the modules whose running statistics go with them."""
+    """Parameters that freeze and unfreeze together, by name, and the modules whose running statistics go with them."""
 
     name: str
     parameters: dict[str, nn.Parameter]

@@ -1,4 +1,4 @@
-"""Schedules: when the next layer group thaws."""
+"""Schedules: when the next layer group unfreezes."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -61,10 +61,10 @@ def every(n: int) -> Schedule:
 
 
 def milestones(counts: Sequence[int]) -> Schedule:
-    """One more group at each of these counts; with fewer counts than moves the lowest groups never thaw.
+    """One more group at each of these counts; with fewer counts than moves the lowest groups never unfreeze.
 
     Args:
-        counts: how often `step` was called by then, rising; the same twice thaws two at once.
+        counts: how often `step` was called by then, rising; the same twice unfreezes two at once.
 
     Returns:
         Schedule: for `GradualUnfreezing`.
@@ -86,7 +86,7 @@ def milestones(counts: Sequence[int]) -> Schedule:
 
 
 def linear(budget: int) -> Schedule:
-    """The groups thaw evenly over a budget of calls, so that every stage is equally long.
+    """The groups unfreeze evenly over a budget of calls, so that every stage is equally long.
 
     Args:
         budget: how often `step` is called in the whole training.
@@ -106,7 +106,7 @@ def linear(budget: int) -> Schedule:
 
 
 def cosine(budget: int) -> Schedule:
-    """The thawed share follows (1 - cos(π t / budget)) / 2: slowly at first, fastest in the middle.
+    """The unfrozen share follows (1 - cos(π t / budget)) / 2: slowly at first, fastest in the middle.
 
     Args:
         budget: how often `step` is called in the whole training.
@@ -135,7 +135,7 @@ def plateau(patience: int, *, highest: bool = False, threshold: float = 0.0, res
         highest: the highest metric is the best one; default the lowest.
         threshold: by how much a new best must be better.
         restore: before each move, bring back the weights and running statistics that gave the best metric. It keeps
-            one copy of what has thawed; the optimizer's state is not part of it.
+            one copy of what was unfrozen; the optimizer's state is not part of it.
 
     Returns:
         Schedule: for `GradualUnfreezing`.

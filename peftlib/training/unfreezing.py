@@ -1,4 +1,4 @@
-"""Gradual unfreezing: layer groups thaw one after another, from the top of a model down."""
+"""Gradual unfreezing: layer groups unfreeze one after another, from the top of a model down."""
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from .unfreezing_plan import Plan
 class GradualUnfreezing:
     r"""Trains the top layer group first, then one more at each move of a schedule (Howard and Ruder 2018).
 
-    .. math:: \text{thawed after } s \text{ of } n - 1 \text{ moves} = \{ n - 1 - s, \ldots, n - 1 \}
+    .. math:: \text{unfrozen after } s \text{ of } n - 1 \text{ moves} = \{ n - 1 - s, \ldots, n - 1 \}
 
     With `schedules.chain_thaw` the groups take turns (Felbo et al. 2017). All parameters are in the optimizer from the
     start. A frozen one has `requires_grad=False` and no gradient, so that the optimizer passes over it: no update, no
@@ -31,7 +31,7 @@ class GradualUnfreezing:
         schedule: from `peftlib.schedules`.
         optimizer: that trains the groups; it is then checked that it has all of their parameters. Without it, neither
             that nor a warm-up.
-        warmup: for how many steps of the optimizer a thawed group's learning rate rises, linearly, to what it is by
+        warmup: for how many steps of the optimizer an unfrozen group's learning rate rises, linearly, to what it is by
             then. It acts during the step alone, so that a learning rate scheduler never sees it.
         hold_statistics: the running statistics of frozen groups (BatchNorm) stand still, and are what normalises.
 
@@ -60,7 +60,7 @@ class GradualUnfreezing:
         ...     model(torch.ones(1, 4)).sum().backward()
         ...     optimizer.step()
         ...     unfreezing.step()
-        >>> unfreezing.frozen, unfreezing.thawed
+        >>> unfreezing.frozen, unfreezing.unfrozen
         (['0'], ['1', '2'])
     """
 
@@ -89,7 +89,7 @@ class GradualUnfreezing:
         _take_over(self)
         steps = self._before_optimizer_step, self._after_optimizer_step
         self._handles = [] if optimizer is None else around_steps(optimizer, *steps)
-        self._freeze_and_thaw()
+        self._freeze_and_unfreeze()
 
     @property
     def finished(self) -> bool:
@@ -100,11 +100,11 @@ class GradualUnfreezing:
         return [group.name for at, group in enumerate(self.groups) if at not in self._stages[self._stage]]
 
     @property
-    def thawed(self) -> list[str]:
+    def unfrozen(self) -> list[str]:
         return [group.name for at, group in enumerate(self.groups) if at in self._stages[self._stage]]
 
     def step(self, metric: float | None = None) -> None:
-        """Counts one step or epoch, and freezes and thaws what is due.
+        """Counts one step or epoch, and freezes and unfreezes what is due.
 
         Args:
             metric: what a `plateau` schedule goes by.
@@ -144,16 +144,16 @@ class GradualUnfreezing:
     def _move(self) -> None:
         before = self._stages[self._stage]
         self._stage += 1
-        self._freeze_and_thaw()
+        self._freeze_and_unfreeze()
         self._warmup.begin(self._stages[self._stage] - before)
 
-    def _freeze_and_thaw(self) -> None:
+    def _freeze_and_unfreeze(self) -> None:
         for at, switch in enumerate(self._switches):
-            switch.thaw() if at in self._stages[self._stage] else switch.freeze()
+            switch.unfreeze() if at in self._stages[self._stage] else switch.freeze()
 
     def _tensors(self) -> dict[str, Tensor]:
-        thawed = [self.groups[at] for at in self._stages[self._stage]]
-        return {name: tensor for group in thawed for name, tensor in group.tensors().items()}
+        unfrozen = [self.groups[at] for at in self._stages[self._stage]]
+        return {name: tensor for group in unfrozen for name, tensor in group.tensors().items()}
 
     def _before_optimizer_step(self) -> None:
         for at, switch in enumerate(self._switches):
@@ -181,7 +181,7 @@ class GradualUnfreezing:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken: freezes, thaws and counts as then.
+        """Goes on where `state_dict` was taken: freezes, unfreezes and counts as then.
 
         Args:
             state: from the same schedule over the same groups.
@@ -196,12 +196,12 @@ class GradualUnfreezing:
         self._count, self._stage, self._over = state["count"], state["stage"], state["over"]
         self._warmup.taken = list(state["warmup"])
         self._best.load_state_dict(state["best"])
-        self._freeze_and_thaw()
+        self._freeze_and_unfreeze()
 
     def remove(self) -> None:
-        """Ends the schedule: every group thaws, and nothing of it is left on model or optimizer."""
+        """Ends the schedule: every group unfreezes, and nothing of it is left on model or optimizer."""
         for switch in self._switches:
-            switch.thaw()
+            switch.unfreeze()
         for handle in self._handles:
             handle.remove()
         for group in self.groups:
@@ -266,7 +266,7 @@ def around_steps(optimizer: Optimizer, before: Callable[[], None], after: Callab
 
 
 class Warmup:
-    """How many steps each group has taken since it thawed, and the rate that this gives it."""
+    """How many steps each group has taken since it was unfrozen, and the rate that this gives it."""
 
     def __init__(self, groups: Sequence[LayerGroup], optimizer: Optimizer | None, steps: int) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
@@ -278,8 +278,8 @@ class Warmup:
         self.group_of = _group_of(groups, optimizer) if optimizer is not None and steps else []
         self._rates: list[tuple[dict[str, Any], Any]] = []
 
-    def begin(self, thawed: set[int]) -> None:
-        for at in thawed:
+    def begin(self, unfrozen: set[int]) -> None:
+        for at in unfrozen:
             self.taken[at] = 0
 
     def scale(self) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..._core.host import base_type
-from ..._core.override import shadowed
+from ..._core.override import overridden
 from ..._errors import AdapterError
 from ._context import Front, visible
 from ._flex import blocks_in_front
@@ -61,7 +61,7 @@ def registered(host: Any, front: Front) -> Iterator[None]:
     config: Any = _Config(host.config, front)
     if config._attn_implementation not in registry:
         registry.register(config._attn_implementation, _attend)
-    with shadowed(host, {"config": config}):
+    with overridden(host, {"config": config}):
         yield
 
 
@@ -73,7 +73,7 @@ def _attend(
     config = module.config
     front: Front = config.front
     front.meet()
-    with shadowed(module, {"config": config.given}):
+    with overridden(module, {"config": config.given}):
         registry, eager = _registry_of(module)
         function = registry.get_interface(config.given._attn_implementation, eager)
         if front.gate is not None:
