@@ -1,6 +1,7 @@
 """Parameter-efficient fine-tuning primitives for PyTorch: exact, loud, light and fast, on any module."""
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from . import kernels as kernels
@@ -9,6 +10,7 @@ from ._core.activate import train_only as train_only
 from ._core.activate import view as view
 from ._core.adapter import Adapter as Adapter
 from ._core.eject import eject as eject
+from ._core.host import Adapters, Selection, rebuilt_host
 from ._core.inject import inject as inject
 from ._core.merge import merge as merge
 from ._core.merge import merged as merged
@@ -45,10 +47,20 @@ if TYPE_CHECKING:
     from . import exchange as exchange
     from . import hf as hf
 
+    __version__: str
+
+# A pickle, and `help`, find all that they name in the package itself, so that it can move inside.
+_PICKLED_BESIDES = (Adapters, Selection, rebuilt_host)
+for _item in [*globals().values()]:
+    if getattr(_item, "__module__", "").startswith(f"{__name__}."):
+        _item.__module__ = __name__
+
 _ON_USE = ("exchange", "hf")  # a third of the time that importing all would take, and few programs read foreign files
 
 
 def __getattr__(name: str) -> Any:
     if name in _ON_USE:
         return importlib.import_module(f".{name}", __name__)
+    if name == "__version__":
+        return importlib.metadata.version("peftlib")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -79,7 +79,7 @@ class Adapted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, state, *rest = super().__reduce_ex__(protocol)
-        return _rebuild, (base_type(type(self)),), without_overrides(self, state), *rest
+        return rebuilt_host, (base_type(type(self)),), without_overrides(self, state), *rest
 
 
 _classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
@@ -135,7 +135,7 @@ def _off_while_adapted(attribute: str, off: Any) -> property:
     return property(get, lambda self, value: self.__dict__.__setitem__(attribute, value))
 
 
-def _rebuild(cls: type) -> Any:
+def rebuilt_host(cls: type) -> Any:
     host: Any = object.__new__(cls)
     host.__class__ = _adapted(cls)
     return host

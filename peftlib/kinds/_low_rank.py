@@ -37,7 +37,7 @@ def low_rank_branch_of(host: nn.Module, path: str) -> Branch | None:
     if is_transposed_linear(host) or (isinstance(host, nn.Linear) and quantized_as(host, path)):
         return linear_branch
     forward = _own_forward(host)
-    for stock, term in _BRANCHES:
+    for stock, term in _BRANCH_OF:
         if isinstance(host, stock) and forward is stock.forward:
             return None if _bends_lookup(host) else term
     return None
@@ -93,13 +93,15 @@ def _bag_branch(
     return F.linear(h, B)
 
 
-_BRANCHES: tuple[tuple[type[nn.Module], Branch], ...] = (
+_BRANCH_OF: tuple[tuple[type[nn.Module], Branch], ...] = (
     (nn.Linear, linear_branch),
     *((conv, _conv_branch) for conv in _CONVS),
     *((conv, _transposed_branch) for conv in _TRANSPOSED),
     (nn.Embedding, embedding_branch),
     (nn.EmbeddingBag, _bag_branch),
 )
+
+BRANCHES = tuple(dict.fromkeys(branch for _, branch in _BRANCH_OF))
 
 
 def require_overridable(host: nn.Module, path: str) -> None:

@@ -62,6 +62,7 @@ class Stack(Form):
     pair = staticmethod(lambda A, B: (A, B))
 
 
+LAYOUTS = (Rows, Columns, Lookup, TransposedKernel, Stack)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BY_ROWS = (nn.Linear, *_CONVS, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)

@@ -81,7 +81,7 @@ class Bottleneck(Adapter):
         _check(activation, position, norm, scale, dropout, residual)
         self.activation, self.position, self.norm = activation, position, norm
         self.dropout, self.residual = float(dropout), residual
-        self.features = _features(host, position, dim, axis)
+        self.features = tuple(_features(host, position, dim, axis))  # a pickle names no class of ours
         inputs, outputs, *_ = self.features
         width = _width(width, reduction, outputs)
         self.input_name = _first_argument(host)
@@ -141,7 +141,7 @@ class Bottleneck(Adapter):
         if fits and places[0] == places[1]:
             return axis
         raise AdapterError(
-            f"Bottleneck, {inputs} to {outputs} features along axis {self.features.axis}, read a tensor of shape "
+            f"Bottleneck, {inputs} to {outputs} features along axis {self.features[2]}, read a tensor of shape "
             f"{list(u.shape)} beside hidden states of shape {list(y.shape)}. "
             + ("Pass dim= and axis=." if y is u else 'Pass dim= and axis=, or use position="after".')
         )

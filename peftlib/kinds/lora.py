@@ -15,8 +15,15 @@ from .._core.override import tensors_of, weight_of
 from .._core.quantized import not_real_as, weight_shape
 from .._errors import AdapterError
 from ..kernels import dropped, join_pairs, lora_add, lora_embedding, lora_linear
-from ._low_rank import embedding_branch, is_plain_linear, linear_branch, low_rank_branch_of, require_overridable
-from ._weight_layout import form_of, matrices_of, principal_pair
+from ._low_rank import (
+    BRANCHES,
+    embedding_branch,
+    is_plain_linear,
+    linear_branch,
+    low_rank_branch_of,
+    require_overridable,
+)
+from ._weight_layout import LAYOUTS, form_of, matrices_of, principal_pair
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
 
@@ -136,6 +143,13 @@ class LoRA(Adapter):
         names = [param] if isinstance(param, str) else param
         return [{**config, "param": f"{inner}.{name}".lstrip(".")} for name in names]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickle holds what was chosen for the host by name, so that it can be loaded after a function has moved."""
+        return {**self.__dict__, **{key: getattr(self.__dict__[key], "__name__", None) for key in _CHOSEN}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, **{key: _BY_NAME.get(state[key]) for key in _CHOSEN}})
+
     def file_keys(self) -> dict[str, str]:
         prefix = "" if self.param == "weight" else f"{self.param}."
         return {prefix + key: key for key in self.state_dict()}
@@ -198,6 +212,12 @@ class LoRA(Adapter):
         flat_A, flat_B = self.form.pair(lora_A.to(wide), lora_B.to(wide))
         with contextlib.nullcontext() if lora_A.is_meta else torch.autocast(lora_A.device.type, enabled=False):
             return flat_B @ flat_A
+
+
+_CHOSEN = ("form", "term", "kernel")  # attributes that a LoRA takes from its host
+_BY_NAME: dict[str | None, Any] = {
+    item.__name__: item for item in (*LAYOUTS, *BRANCHES, lora_linear, lora_add, lora_embedding)
+}
 
 
 def _kernel_of(host: nn.Module, term: Any) -> Any:
