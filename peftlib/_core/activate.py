@@ -6,10 +6,9 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from .._errors import AdapterError
 from .clone import clone
 from .host import Selection
-from .walk import adapters, remember_view, require
+from .walk import adapters, remember_view, require, require_unmerged
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -50,7 +49,7 @@ def activate(model: M, *names: str) -> Undo[M]:
         ...     base_output = model(torch.ones(1, 4))
     """
     selection = require(model, names)
-    _require_live(selection, "activate")
+    require_unmerged(selection, "activate")
     before, selection.active = selection.active, tuple(dict.fromkeys(names))
     return Undo(model, lambda: _choose_again(selection, before))
 
@@ -62,11 +61,6 @@ def _choose_again(selection: Selection, names: tuple[str, ...]) -> None:
         selection.active_before_merge = known
     else:
         selection.active = known
-
-
-def _require_live(selection: Selection, doing: str) -> None:
-    if selection.merged:
-        raise AdapterError(f"{doing}: {', '.join(selection.merged)} is merged into the base. Call unmerge first.")
 
 
 def train_only(model: M, *names: str) -> Undo[M]:
@@ -121,7 +115,7 @@ def view(model: M, *names: str) -> M:
         True
     """
     original = require(model, names)
-    _require_live(original, "view")
+    require_unmerged(original, "view")
     other: Any = clone(model)
     selection = require(other)
     selection.active = tuple(dict.fromkeys(names))

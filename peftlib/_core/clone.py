@@ -1,7 +1,6 @@
-"""A second face of a model: its module objects copied, its tensors shared, also while the model runs elsewhere."""
+"""A copy of a model's module objects that shares its tensors, made also while the model runs in another thread."""
 
 import copy
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .foreign import hook_of
+from .override import compute_from_attributes
 from .quantized import meta_stand_in, wraps_others
 
 
@@ -49,12 +49,11 @@ def _shared(tensor: Tensor) -> Tensor:
 
 
 def _lift_overrides(module: Any) -> None:
-    shadows = _overrides_in(module, module.__dict__)
-    for name in shadows:
+    overrides = _overrides_in(module, module.__dict__)
+    for name in overrides:
         del module.__dict__[name]
-    if shadows and isinstance(module, nn.RNNBase):  # it computes from a list of its weights
-        weights = [getattr(module, name) for name in module._flat_weights_names]
-        module.__dict__.update(_flat_weights=weights, _flat_weight_refs=[weakref.ref(weight) for weight in weights])
+    if overrides and isinstance(module, nn.RNNBase):
+        compute_from_attributes(module)
 
 
 def without_overrides(module: Any, state: Any) -> Any:

@@ -20,7 +20,7 @@ from .host import (
     put,
 )
 from .targets import Targets, select
-from .walk import adapters, candidates, hosts, require_no_views, share_selection
+from .walk import adapters, candidates, hosts, require_no_views, require_unmerged, share_selection
 
 _FROZEN = "_peftlib_frozen"
 
@@ -108,8 +108,7 @@ def require_changeable(model: nn.Module, doing: str) -> None:
     """Adapters come and go only while the base is unmerged and the model has one face."""
     for selection in {id(s): s for _, host in hosts(model) for s in [adapters_of(host).selection]}.values():
         require_no_views(selection, doing)
-        if selection.merged:
-            raise AdapterError(f"{doing}: {', '.join(selection.merged)} is merged into the base. Call unmerge first.")
+        require_unmerged(selection, doing)
 
 
 def _freeze(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from .._errors import AdapterError
 from .adapter import can_be_merged
 from .host import Adapters, Selection
 from .merged_weights import Folded, folded_by_host
-from .walk import adapters, hosts, require, require_no_views
+from .walk import adapters, hosts, require, require_no_views, require_unmerged
 
 _BACKUP = "_peftlib_backup"
 
@@ -214,8 +214,7 @@ def _ready_to_fold(
     selection = require(model, names)
     if views_matter:
         require_no_views(selection, doing)
-    if selection.merged:
-        raise AdapterError(f"{doing}: {', '.join(selection.merged)} is merged already. Call unmerge first.")
+    require_unmerged(selection, doing)
     names = tuple(dict.fromkeys(names)) or selection.active
     if not names:
         raise AdapterError(f"{doing}: no adapter is active. Name one of {', '.join(map(repr, selection.count))}.")

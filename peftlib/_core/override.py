@@ -59,9 +59,13 @@ def _flat_weights_overridden(owners: Any) -> Iterator[None]:
     ]
     try:
         for owner, *_ in before:
-            weights = [getattr(owner, name) for name in owner._flat_weights_names]
-            owner.__dict__.update(_flat_weights=weights, _flat_weight_refs=[weakref.ref(weight) for weight in weights])
+            compute_from_attributes(owner)
         yield
     finally:
         for owner, weights, refs in before:
             owner.__dict__.update(_flat_weights=weights, _flat_weight_refs=refs)
+
+
+def compute_from_attributes(rnn: nn.RNNBase) -> None:
+    weights = [getattr(rnn, name) for name in rnn._flat_weights_names]
+    rnn.__dict__.update(_flat_weights=weights, _flat_weight_refs=[weakref.ref(weight) for weight in weights])

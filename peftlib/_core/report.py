@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .adapter import Adapter
+from .host import Selection
 from .inject import build, parts_to_inject
 from .quantized import weight_shape
 from .table import size, table
@@ -160,12 +161,13 @@ def summary(model: nn.Module) -> Summary:
         for leaf, p in module._parameters.items()
         if p is not None
     }
-    rows = tuple(_summary_row(model, *item) for item in adapters(model))
+    injected = list(adapters(model))
+    selection = require(model) if injected else Selection()
+    rows = tuple(_summary_row(selection, *item) for item in injected)
     return Summary(rows, sum(n for n, _ in base.values()), sum(n for n, trains in base.values() if trains))
 
 
-def _summary_row(model: nn.Module, host_name: str, name: str, adapter: Adapter) -> SummaryRow:
-    selection = require(model)
+def _summary_row(selection: Selection, host_name: str, name: str, adapter: Adapter) -> SummaryRow:
     state = "merged" if name in selection.merged else "active" if name in selection.active else "off"
     own = list(adapter.parameters())
     trainable = sum(p.numel() for p in own if p.requires_grad)

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._errors import AdapterError
 from .adapter import Adapter, can_be_merged
 from .foreign import is_offloaded
 from .merge import merged
 from .quantized import quantized_as
-from .walk import adapters, candidates, require
+from .walk import adapters, candidates, in_eval_mode, require, require_unmerged
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ def verify(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Verification:
         True
     """
     selection = require(model)
-    if selection.merged:
-        raise AdapterError(f"verify: {', '.join(selection.merged)} is merged into the base. Call unmerge first.")
+    require_unmerged(selection, "verify")
     active = [item for item in adapters(model) if item[1] in selection.active]
     with _no_trace(model):
         ran = _run_backward(model, active, inputs, named_inputs)
@@ -74,8 +72,8 @@ def verify(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Verification:
         if _has_zeros_without_gradient(active, ran):
             with _stepped(active, ran):
                 later = _run_backward(model, active, inputs, named_inputs)
-        model.eval()
-        difference = _difference(model, active, inputs, named_inputs)
+        with in_eval_mode(model):
+            difference = _difference(model, active, inputs, named_inputs)
     return Verification((*_adapter_problems(active, ran, later), *_base_problems(model)), difference)
 
 
@@ -207,7 +205,6 @@ def _is_quantized(host: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _no_trace(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (m, leaf, b, b.detach().clone()) for m in model.modules() for leaf, b in m._buffers.items() if b is not None
     ]
@@ -216,8 +213,6 @@ def _no_trace(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng([device.index for device in devices]):
             yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         with torch.no_grad():
             for module, leaf, buffer, before in buffers:
                 module._buffers[leaf] = buffer.copy_(before)

@@ -1,5 +1,6 @@
 """Walking a model: its hosts, their adapters, and the selection that they share."""
 
+import contextlib
 import gc
 import threading
 import weakref
@@ -125,6 +126,23 @@ def _all_hosts(model: nn.Module) -> Iterator[Any]:
             if child is not None and id(child) not in seen and not (host and name == "adapters"):
                 seen.add(id(child))
                 stack.append(child)
+
+
+def require_unmerged(selection: Selection, doing: str) -> None:
+    if selection.merged:
+        raise AdapterError(f"{doing}: {', '.join(selection.merged)} is merged into the base. Call unmerge first.")
+
+
+@contextlib.contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Each module then is in its own mode again: a part of a model may be in eval mode while the rest trains."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, on in before:
+            module.training = on
 
 
 def remember_view(original: Selection, view: Selection) -> None:

@@ -1,7 +1,6 @@
 """A loss term that holds what the model says near what its base says, with no second model in memory."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core.activate import activate
+from .._core.walk import in_eval_mode
 from .._errors import AdapterError
 
 
@@ -67,7 +67,7 @@ def distill(
     """
     if not 0 < temperature < float("inf"):
         raise AdapterError(f"distill: temperature={temperature!r} is not a positive number. Pass temperature=2, say.")
-    with torch.no_grad(), activate(model, *teacher), _in_eval_mode(model):
+    with torch.no_grad(), activate(model, *teacher), in_eval_mode(model):
         z0 = output(model(*inputs, **keywords))
     z = output(given)
     if z.shape != z0.shape:
@@ -90,14 +90,3 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
             "positions. Pass one of that shape with a position that counts."
         )
     return values.where(mask.bool(), 0).sum() / mask.bool().sum()
-
-
-@contextlib.contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, on in before:
-            module.training = on

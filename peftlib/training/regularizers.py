@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.targets import Targets, select
+from .._core.walk import in_eval_mode
 from .._errors import AdapterError
 
 
@@ -183,17 +184,13 @@ def _fisher(
 @contextlib.contextmanager
 def _watched(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """In eval mode and with all of these differentiable; afterwards as before."""
-    training = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in parameters]
     try:
-        model.eval()
         for p, _ in flags:
             p.requires_grad_(True)
-        with torch.enable_grad():
+        with in_eval_mode(model), torch.enable_grad():
             yield
     finally:
-        for module, on in training:
-            module.training = on
         for p, on in flags:
             p.requires_grad_(on)
 
