@@ -34,14 +34,14 @@ test-all: .venv/.with-test .venv/.with-demo .venv/.with-ecosystem
 
 # torchvision is built beside one torch, and may not be importable beside this one: its tests run where it is.
 matrix: .venv/.with-test .venv/.with-demo .venv/.with-ecosystem
-	PYTHONPATH=tests $(PYTEST) -n 2 -p matrix -m feature --matrix docs/matrix.md $(TESTS)
+	PYTHONPATH=tests $(PYTEST) -n 2 -p tools.matrix -m feature --matrix docs/matrix.md $(TESTS)
 
 coverage: .venv/.with-test
 	$(PYTEST) -n 2 -m 'not slow' --cov --cov-report=term --cov-report=json:.coverage.json
-	$(BIN)/python tests/covered.py .coverage.json
+	$(BIN)/python tests/tools/covered.py .coverage.json
 
 mutate: .venv/.with-test
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/mutate.py \
+	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tools.mutate \
 	  peftlib/_merge.py peftlib/_io.py peftlib/_host.py peftlib/lora.py kernels/lora.py kernels/lora_dense.py
 
 lint: .venv/.with-lint .venv/.with-test .venv/.with-demo

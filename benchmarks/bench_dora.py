@@ -70,4 +70,4 @@ def bench_dora_step(contest, dropout: float) -> None:
     x = torch.randn(512, 4096, requires_grad=True)
     models = {"base": _linear(), "peftlib": _with_peftlib(dropout), "HF peft": _with_peft(dropout)}
     runs = {name: step(model, x) for name, model in models.items()}
-    contest(f"a step, tokens=512 p={dropout}", runs, tests="tests/test_dora.py", rounds=5)
+    contest(f"a step, tokens=512 p={dropout}", runs, tests="tests/kinds/test_dora.py", rounds=5)

@@ -13,7 +13,7 @@ from torch import nn
 
 import peftlib
 
-TESTS = "tests/test_merge.py tests/test_choose.py tests/test_files.py tests/test_surgery.py"
+TESTS = "tests/core/test_merge.py tests/core/test_choose.py tests/files/test_files.py tests/core/test_surgery.py"
 DEPTH = 126  # times seven projections: 882 linears
 
 

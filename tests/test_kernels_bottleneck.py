@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import reference as by_hand
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peftlib.kernels import bottleneck, mode
 from peftlib.kernels import reference as plain
+from support import reference as by_hand
 
 M, IN, OUT, WIDTH = 6, 5, 7, 3
 NAMES = ("down_weight", "down_bias", "up_weight", "up_bias", "norm_weight", "norm_bias")
@@ -417,9 +417,8 @@ def test_a_dtype_that_the_kernel_does_not_take_runs_in_pytorch(interpreted, monk
 @pytest.mark.skipif(DEVICE != "cpu", reason="looks into the interpreter")
 @pytest.mark.parametrize("shape", SHAPES[1:4], ids=str)
 def test_no_program_strays_or_races_and_x_is_read_once(interpreted, shape):
-    from triton_tools.traffic import counted
-
     from peftlib.kernels import triton_bottleneck
+    from tools.triton.traffic import counted
 
     x, own, onto = problem(*shape, torch.float32)
     with counted() as traffic:
@@ -442,9 +441,8 @@ def test_no_program_strays_or_races_and_x_is_read_once(interpreted, shape):
     ],
 )
 def test_a_wrong_kernel_is_found(interpreted, old, new, tmp_path):
-    from triton_tools.mutants import mutant
-
     from peftlib.kernels import triton_bottleneck
+    from tools.triton.mutants import mutant
 
     changed = mutant(triton_bottleneck, old, new, tmp_path)
     with pytest.raises(AssertionError):
@@ -455,10 +453,9 @@ def test_a_wrong_kernel_is_found(interpreted, old, new, tmp_path):
 @pytest.mark.parametrize("width", [8, 16, 64])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_the_kernel_compiles_and_fits(target, width):
-    from triton_tools.aot import CAPABILITY, SHARED_LIMIT, compile_for
-
     from peftlib.kernels import triton_bottleneck
     from peftlib.kernels.triton_interpret import replaced
+    from tools.triton.aot import CAPABILITY, SHARED_LIMIT, compile_for
 
     found = []
 

@@ -12,10 +12,9 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("there is no Triton here", allow_module_level=True)
 
-from triton_tools.aot import SHARED_LIMIT, TARGETS, Compiled, compile_for, compile_launches
-
 from peftlib.kernels import tiles
 from peftlib.kernels.triton_shrink import shrink_kernel
+from tools.triton.aot import SHARED_LIMIT, TARGETS, Compiled, compile_for, compile_launches
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 M, K, N = 8192, 4096, 4096

@@ -23,9 +23,6 @@ if importlib.util.find_spec("triton") is None:
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms refuse cuBLAS without it
 
-from triton_tools.mutants import mutant
-from triton_tools.traffic import counted
-
 from peftlib.kernels import (
     aten,
     gpu_check,
@@ -50,6 +47,8 @@ from peftlib.kernels import (
     triton_steps,
     twins,
 )
+from tools.triton.mutants import mutant
+from tools.triton.traffic import counted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_CPU = pytest.mark.skipif(DEVICE != "cpu", reason="looks into the interpreter")

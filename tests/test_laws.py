@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import reference
 import torch
-from hosts import HOSTS, Around, Host, converted, without_fast_path
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import peftlib
+from support import reference
+from support.hosts import HOSTS, Around, Host, converted, without_fast_path
 
 pytestmark = [
     # torch's own, of the base: they say nothing of an adapter.

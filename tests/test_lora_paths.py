@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import chain, moved
 from torch import Tensor, nn
 
 import peftlib
 from peftlib import LoRA
+from support.helpers import chain, moved
 
 FUSED = ("DenseLoRABackward", "LoRALinearBackward")
 X = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))

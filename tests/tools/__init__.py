@@ -1,0 +1,1 @@
+"""What works on the tests: the compatibility matrix, coverage by folder, mutation testing."""
