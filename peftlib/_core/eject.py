@@ -7,8 +7,9 @@ from torch import nn
 from .._errors import AdapterError
 from .dequantize import dequantize_linears
 from .foreign import fast_paths_around
+from .freeze import held_modules, unfreeze_base
 from .host import Selection, all_or_nothing, parts, release, require_on_top, take
-from .inject import _FROZEN, require_changeable
+from .inject import require_changeable
 from .merge import forget_backups, unmerge
 from .merge import merge as fold_in
 from .walk import hosts, require, require_no_views
@@ -64,11 +65,11 @@ def eject(
         return _eject_dequantized(model, name, merge)
     if not merge:
         require_changeable(model, "eject")
-        _take_out(model, name)
+        _take_out(model, name, keep_buffers=selection.reloaded)
         return None
     folded_before = _fold_for_good(model, selection, name)
     try:
-        _take_out(model, name)
+        _take_out(model, name, keep_buffers=True)
     except BaseException:
         if not folded_before:
             unmerge(model)
@@ -110,24 +111,18 @@ def _fold_for_good(model: nn.Module, selection: Selection, name: str | None) -> 
     return True
 
 
-def _take_out(model: nn.Module, name: str | None) -> None:
+def _take_out(model: nn.Module, name: str | None, *, keep_buffers: bool) -> None:
     leaving = [(host, adapter) for _, host in hosts(model) for adapter in parts(host, name and (name,))]
     with all_or_nothing(model):
         for host, adapter in leaving:
             take(host, adapter)
         adapted = {id(host) for _, host in hosts(model) if parts(host)}
         needed = adapted | {id(around) for around in fast_paths_around(model, adapted)}
+        if adapted:
+            needed |= {id(module) for module in held_modules(model)}
         for host_name, host in [*hosts(model)]:
             if id(host) not in needed:
                 require_on_top(host_name, host)
                 release(host)
         if not adapted:
-            _unfreeze(model)
-
-
-def _unfreeze(model: nn.Module) -> None:
-    for module in model.modules():
-        for leaf in module.__dict__.pop(_FROZEN, ()):
-            parameter = module._parameters.get(leaf)  # gone where something pruned, parametrized or packed it since
-            if parameter is not None and (parameter.is_floating_point() or parameter.is_complex()):
-                parameter.requires_grad_(True)
+            unfreeze_base(model, keep_buffers=keep_buffers)

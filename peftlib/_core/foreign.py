@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from .._errors import AdapterError
 
@@ -42,6 +44,20 @@ def reader_of(model: nn.Module, name: str, module: nn.Module) -> tuple[str, nn.M
                 "adapter here would be skipped there. Exclude it and target in_proj."
             )
     return name, module, ""
+
+
+# Classes whose forward moves buffers in training, and one of these buffers.
+STATISTICS: dict[type[nn.Module], str] = {_NormBase: "running_mean", _SpectralNorm: "_u"}
+
+
+def statistics_in(cls: type) -> str | None:
+    """The name of a buffer that modules of this class move in training."""
+    return next((leaf for base, leaf in STATISTICS.items() if issubclass(cls, base)), None)
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    leaf = statistics_in(type(module))
+    return leaf is not None and module._buffers.get(leaf) is not None
 
 
 def fast_paths_around(model: nn.Module, adapted: set[int]) -> list[nn.Module]:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from .._errors import AdapterError
 from .adapter import Adapter
 from .clone import without_overrides
-from .foreign import FAST_PATHS, is_bound, place_of_forward
+from .foreign import FAST_PATHS, is_bound, place_of_forward, statistics_in
 
 _INNER = "_inner_forward"
+BUFFERS = "_peftlib_buffers"  # on a module of a frozen base: its buffers as they were when adapters came in
 _KEPT = {
     "training", "_modules", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
@@ -32,6 +33,7 @@ class Selection:
         self.active_before_merge: tuple[str, ...] = ()
         self.count: dict[str, int] = {}
         self.load: tuple[list[str], list[str] | None] | None = None
+        self.reloaded = False
 
     def not_asked_for(
         self, missing: list[str], given: list[str], prefix: str, own: dict[str, Tensor]
@@ -57,6 +59,7 @@ class Adapters(nn.ModuleDict):
         """A checkpoint of the base alone leaves the adapters as they are; one that has some must have all."""
         _, _, missing, *_ = rest
         given = [key for key in state_dict if key.startswith(prefix)]
+        self.selection.reloaded = True
         state_dict.update(self.selection.not_asked_for(missing, given, prefix, self.state_dict(keep_vars=True)))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
@@ -93,10 +96,14 @@ def _adapted(cls: type) -> type:
 
 
 def _forward_around(cls: Any) -> Callable[..., Any]:
+    statistics = statistics_in(cls)
+
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         adapters = self._modules["adapters"]
         active = adapters.selection.active
         call = self.__dict__.get(_INNER) or super(Adapted, self).forward  # pyright: ignore[reportAttributeAccessIssue]
+        if statistics is not None:
+            call = functools.partial(_with_statistics_held, self, statistics, call)
         outermost = None
         for adapter in adapters._modules.values():
             if adapter.name in active:
@@ -106,6 +113,17 @@ def _forward_around(cls: Any) -> Callable[..., Any]:
 
     forward.__signature__ = inspect.signature(cls.forward)  # pyright: ignore[reportFunctionMemberAccess]
     return forward
+
+
+def _with_statistics_held(host: Any, leaf: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Running statistics are the base's and stay as they are, unless an adapter has its own in their place."""
+    if not host.training or leaf in host.__dict__ or BUFFERS not in host.__dict__:
+        return call(*args, **kwargs)
+    host.training = False
+    try:
+        return call(*args, **kwargs)
+    finally:
+        host.training = True
 
 
 def _overrides(cls: type) -> dict[str, property]:

@@ -11,6 +11,7 @@ from .._errors import AdapterError
 from .adapter import Adapter, full_config
 from .clone import clone
 from .foreign import fast_paths_around, present, reader_of
+from .freeze import freeze_base, statistics_held
 from .host import (
     Adapters,
     adapters_of,
@@ -21,8 +22,6 @@ from .host import (
 )
 from .targets import Targets, select
 from .walk import adapters, candidates, hosts, require_no_views, require_unmerged, share_selection
-
-_FROZEN = "_peftlib_frozen"
 
 
 class Part(NamedTuple):
@@ -84,7 +83,8 @@ def inject(
     """
     require_name(name)
     require_changeable(model, "inject")
-    placed = [build(part, name) for part in parts_to_inject(model, targets, kind, exclude, config)]
+    with statistics_held(model):
+        placed = [build(part, name) for part in parts_to_inject(model, targets, kind, exclude, config)]
     require_free(model, placed)
     install(model, placed, freeze=freeze)
     return list(dict.fromkeys(item.host_name for item in placed))
@@ -101,7 +101,7 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
             if adapter.name not in selection.active:
                 selection.active += (adapter.name,)
         if freeze:
-            _freeze(model)
+            freeze_base(model, selection)
 
 
 def require_changeable(model: nn.Module, doing: str) -> None:
@@ -109,16 +109,6 @@ def require_changeable(model: nn.Module, doing: str) -> None:
     for selection in {id(s): s for _, host in hosts(model) for s in [adapters_of(host).selection]}.values():
         require_no_views(selection, doing)
         require_unmerged(selection, doing)
-
-
-def _freeze(model: nn.Module) -> None:
-    """Remembers on each module which of its parameters trained: names outlive parameters that others replace."""
-    for _, module in candidates(model):
-        on = tuple(leaf for leaf, p in module._parameters.items() if p is not None and p.requires_grad)
-        if on:
-            module.__dict__[_FROZEN] = (*module.__dict__.get(_FROZEN, ()), *on)
-            for leaf in on:
-                module.get_parameter(leaf).requires_grad_(False)
 
 
 def parts_to_inject(

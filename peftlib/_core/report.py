@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .adapter import Adapter
+from .freeze import statistics_held
 from .host import Selection
 from .inject import build, parts_to_inject
 from .quantized import weight_shape
@@ -77,7 +78,8 @@ def plan(model: nn.Module, targets: Targets, kind: type[Adapter], *, exclude: Ta
         2     LoRA  lora_A [2, 8] lora_B [2, 2]          20  160 B
         2 adapters, 52 trainable parameters, 416 B of Adam state
     """
-    built = [build(part, "plan", on_meta=True) for part in parts_to_inject(model, targets, kind, exclude, config)]
+    with statistics_held(model):
+        built = [build(part, "plan", on_meta=True) for part in parts_to_inject(model, targets, kind, exclude, config)]
     return Plan(tuple(_plan_row(host_name, adapter) for host_name, _, adapter in built))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter, can_be_merged
 from .foreign import is_offloaded
+from .freeze import moved_buffers
 from .merge import merged
 from .quantized import quantized_as
 from .walk import adapters, candidates, in_eval_mode, require, require_unmerged
@@ -42,7 +43,8 @@ def verify(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Verification:
 
     An adapter is named when it did not run, when no gradient reached it, or when a factor is dead: all zero and with
     an all-zero gradient, also after a step of the others, so that no step can move it. A base parameter that still
-    trains is named too. Gradients, random state, training flags and buffers are as they were.
+    trains is named too, and a buffer of the base that moves. Gradients, random state, training flags and buffers are as
+    they were.
 
     Args:
         model: a model with adapters.
@@ -68,13 +70,14 @@ def verify(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Verification:
     active = [item for item in adapters(model) if item[1] in selection.active]
     with _no_trace(model):
         ran = _run_backward(model, active, inputs, named_inputs)
+        moved = moved_buffers(model)
         later = ran
         if _has_zeros_without_gradient(active, ran):
             with _stepped(active, ran):
                 later = _run_backward(model, active, inputs, named_inputs)
         with in_eval_mode(model):
             difference = _difference(model, active, inputs, named_inputs)
-    return Verification((*_adapter_problems(active, ran, later), *_base_problems(model)), difference)
+    return Verification((*_adapter_problems(active, ran, later), *_base_problems(model, moved)), difference)
 
 
 Named = tuple[str, str, Adapter]
@@ -177,7 +180,9 @@ def _factor_problems(
         yield f"{where}: {key} got no gradient, for the host does not read it. Leave it out."
 
 
-def _base_problems(model: nn.Module) -> Iterator[str]:
+def _base_problems(model: nn.Module, moved: list[str]) -> Iterator[str]:
+    for name in moved:
+        yield f"{name} of the base, a buffer, moves in a forward pass. Put Full on its module, or run it in eval mode."
     for name, module in candidates(model):
         for leaf, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._core.foreign import keeps_statistics
+from .._core.freeze import persistent_buffers
 from .._core.merge import base_weight
 from .._core.quantized import weight_shape
 from .._core.walk import candidates
@@ -22,14 +24,22 @@ def fingerprint(host: nn.Module, replaced: set[str]) -> Fingerprint:
     it would be after `.bfloat16()` and `.half()`, so that the same weights are known in a narrower dtype; without it
     where there are no values to read: on the meta device, sharded, in a tensor subclass.
 
+    `buffers`: the same of persistent buffers, and in `hash`, under "statistics", the values of running statistics,
+    which are a part of the function that the adapter was trained on.
+
     What an adapter replaces outright may differ from base to base: of such a weight only the shape is taken."""
-    weights = _weights(host)
+    weights, (buffers, statistics) = _weights(host), _buffers(host, replaced)
     described = {name: [_name(tensor.dtype), *shape] for name, (tensor, shape) in weights.items()}
     sampled = {name: tensor for name, (tensor, _) in weights.items() if name not in replaced}
     found: Fingerprint = {"weights": described}
-    if sampled and all(_readable(tensor) for tensor in sampled.values()):
+    if buffers:
+        found["buffers"] = {name: [_name(tensor.dtype), *tensor.shape] for name, tensor in buffers.items()}
+    if sampled and all(_readable(tensor) for tensor in (*sampled.values(), *statistics.values())):
         samples = {name: _sample(tensor) for name, tensor in sampled.items()}
         found["hash"] = {"own": _hash(samples, None), **{_name(dtype): _hash(samples, dtype) for dtype in _NARROW}}
+        if statistics:
+            moving = {name: _sample(tensor) for name, tensor in statistics.items()}
+            found["hash"]["statistics"] = _hash(moving, None)
     return found
 
 
@@ -41,12 +51,29 @@ def differs(saved: Fingerprint, found: Fingerprint) -> str | None:
     for name in sorted(theirs.keys() & ours.keys() if packed else theirs.keys() | ours.keys()):
         if _shape(theirs, name) != _shape(ours, name):
             return f"has {name} {_shape(ours, name)}, in the file {_shape(theirs, name)}"
-    if packed or "hash" not in saved or "hash" not in found:
+    if packed:
         return None
+    other = _other_buffers(saved, found)
+    if other or "hash" not in saved or "hash" not in found:
+        return other
     compared = ["own"] if theirs == ours else [_name(dtype) for dtype in _NARROW]
     if any(saved["hash"].get(key) == found["hash"][key] for key in compared):
         return None
     return "has weights of other values"
+
+
+def _other_buffers(saved: Fingerprint, found: Fingerprint) -> str | None:
+    """Files of before 0.2 say nothing of buffers. In another dtype the statistics have been rounded."""
+    if "buffers" not in saved:
+        return None
+    theirs, ours = saved["buffers"], found.get("buffers", {})
+    for name in sorted(theirs.keys() | ours.keys()):
+        if _shape(theirs, name) != _shape(ours, name):
+            return f"has buffer {name} {_shape(ours, name)}, in the file {_shape(theirs, name)}"
+    hashes = [each.get("hash", {}).get("statistics") for each in (saved, found)]
+    if theirs == ours and None not in hashes and hashes[0] != hashes[1]:
+        return "has running statistics of other values"
+    return None
 
 
 def _is_packed_apart(one: str, other: str) -> bool:
@@ -65,6 +92,19 @@ def _weights(host: nn.Module) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
         for leaf, parameter in module._parameters.items()
         if parameter is not None
     }
+
+
+def _buffers(host: nn.Module, replaced: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Each persistent buffer by its dotted name, and those that are running statistics of the base."""
+    buffers: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
+    for path, module in candidates(host):
+        for leaf, _ in persistent_buffers(module):
+            name, buffer = f"{path}.{leaf}".lstrip("."), base_weight(module, leaf)
+            buffers[name] = buffer
+            if keeps_statistics(module) and buffer.is_floating_point() and name not in replaced:
+                statistics[name] = buffer
+    return buffers, statistics
 
 
 def _readable(tensor: Tensor) -> bool:

@@ -96,8 +96,10 @@ def _problem_of_hosts(header: Header) -> str | None:
 def _is_fingerprint(found: Any) -> bool:
     if not isinstance(found, dict) or not isinstance(found.get("weights"), dict):
         return False
-    hashes = found.get("hash", {})
-    described = all(_is_described(one) for one in found["weights"].values())
+    hashes, buffers = found.get("hash", {}), found.get("buffers", {})
+    if not isinstance(buffers, dict):
+        return False
+    described = all(_is_described(one) for one in (*found["weights"].values(), *buffers.values()))
     return described and isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values())
 
 

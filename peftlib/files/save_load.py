@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.adapter import Adapter
+from .._core.freeze import moved_buffers
 from .._core.host import parts
 from .._core.inject import Placed, install, require_changeable, require_free, require_name
 from .._core.walk import adapters, hosts, require
@@ -47,12 +48,23 @@ def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[
     require(model, (name,))
     metadata = {} if metadata is None else metadata
     _require_json(metadata)
+    require_buffers_held(model, "save")
     header: Header = {**_described(model, name), "metadata": metadata}
     tensors = _tensors(model, name)
     if writes_here(p for _, _, adapter in adapters(model, name) for p in adapter.parameters()):
         write(path, [*tensors], header)  # all gathered before anything can fail here alone
     else:
         collections.deque(tensors, maxlen=0)
+
+
+def require_buffers_held(model: nn.Module, doing: str) -> None:
+    """The file holds the adapter alone: what else the function now rests on would be lost."""
+    moved = moved_buffers(model)
+    if moved:
+        raise AdapterError(
+            f"{doing}: {some(moved)} of the base moved since the adapter was put in, and is not part of it. Put Full "
+            "on its module, which then is saved with the adapter, or train with that module in eval mode."
+        )
 
 
 def _require_json(metadata: Any) -> None:

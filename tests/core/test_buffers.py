@@ -1,0 +1,202 @@
+"""Buffers of the base stand still while adapters are in, or are named: statistics, power iterations, codebooks."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import peftlib
+from peftlib import AdapterError, Bottleneck, Full, LoRA
+from support.helpers import bits
+
+X = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+
+
+class Codebook(nn.Module):
+    """Vector quantization whose codes are a moving average, as in VQ-VAE."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        nearest = torch.cdist(x, self.codes).argmin(-1)
+        if self.training:
+            with torch.no_grad():
+                self.codes.index_add_(0, nearest, x.detach() * 0.1)
+        return x + (self.codes[nearest] - x).detach()
+
+
+def convolutional() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.InstanceNorm2d(8, track_running_stats=True),
+        nn.Flatten(),
+        nn.Linear(8 * 16, 4),
+        nn.BatchNorm1d(4, affine=False),
+    )
+
+
+def spectral() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), parametrizations.spectral_norm(nn.Linear(48, 8)), parametrizations.spectral_norm(nn.Linear(8, 4))
+    )
+
+
+def quantizing() -> Any:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(48, 4), Codebook())
+
+
+def buffers(model: nn.Module) -> dict[str, Any]:
+    return {name: bits(buffer) for name, buffer in model.named_buffers() if ".adapters." not in name}
+
+
+def train(model: Any, steps: int = 3) -> None:
+    model.train()
+    optimizer = torch.optim.AdamW(peftlib.parameters(model), lr=0.05)
+    for step in range(steps):
+        torch.manual_seed(step)
+        model(torch.randn(6, 3, 4, 4) + 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("make", [convolutional, spectral])
+@pytest.mark.parametrize("kind", [LoRA, Bottleneck])
+def test_statistics_stand_still_in_training_and_the_file_alone_gives_the_same_function(make, kind, tmp_path):
+    model = make().train()
+    before = buffers(model)
+    peftlib.inject(model, nn.Linear, kind)
+    train(model)
+    assert buffers(model) == before
+    peftlib.save(model, tmp_path / "adapter.safetensors")
+    fresh = make()
+    peftlib.load(fresh, tmp_path / "adapter.safetensors")
+    assert torch.equal(fresh.eval()(X), model.eval()(X))
+
+
+@pytest.mark.parametrize("make", [convolutional, spectral, quantizing])
+def test_eject_leaves_every_buffer_as_it_was(make):
+    model = make().train()
+    state, types = copy.deepcopy(model.state_dict()), [type(module) for module in model.modules()]
+    peftlib.inject(model, nn.Linear, LoRA, rank=2)
+    train(model)
+    peftlib.eject(model)
+    assert [type(module) for module in model.modules()] == types
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    model(X)
+    if make is convolutional:
+        assert not torch.equal(model[1].running_mean, state["1.running_mean"]), "without adapters it trains as before"
+
+
+def test_inject_and_plan_take_no_step_of_a_power_iteration():
+    model = spectral().train()
+    before = buffers(model)
+    peftlib.plan(model, nn.Linear, LoRA, rank=2)
+    peftlib.inject(model, nn.Linear, LoRA, rank=2)
+    assert buffers(model) == before
+
+
+def test_the_norm_runs_as_in_eval_mode_and_the_flags_stay_the_users():
+    model, reference = convolutional().train(), convolutional().eval()
+    peftlib.inject(model, "5", LoRA, rank=2)
+    assert torch.equal(model(X), reference(X))
+    assert all(module.training for module in model.modules())
+    model.eval()
+    assert not any(module.training for module in model.modules())
+
+
+def test_full_on_a_norm_makes_its_statistics_the_adapters():
+    model = convolutional().train()
+    before = buffers(model)
+    peftlib.inject(model, "1", Full)
+    train(model)
+    assert buffers(model) == before
+    ((_, _, adapter),) = peftlib.adapters(model)
+    state = adapter.state_dict()
+    assert state["own.num_batches_tracked"] == 3
+    assert not torch.equal(state["own.running_mean"], model[1].running_mean)
+
+
+def test_full_on_a_block_around_a_norm_makes_its_statistics_the_adapters():
+    model = nn.Sequential(convolutional()).train()
+    peftlib.inject(model, lambda name, module: name == "0", Full)
+    train(model)
+    ((_, _, adapter),) = peftlib.adapters(model)
+    assert adapter.state_dict()["own.1.num_batches_tracked"] == 3
+
+
+def test_an_unfrozen_base_moves_its_statistics():
+    model = convolutional().train()
+    before = buffers(model)
+    peftlib.inject(model, "5", LoRA, rank=2, freeze=False)
+    model(X)
+    assert buffers(model) != before
+
+
+def test_a_buffer_that_moves_all_the_same_is_named_by_verify_and_refused_by_save(tmp_path):
+    model = quantizing().train()
+    peftlib.inject(model, "1", LoRA, rank=2)
+    found = peftlib.verify(model, X)
+    assert not found
+    assert "2.codes" in str(found)
+    before = buffers(model)
+    peftlib.save(model, tmp_path / "before.safetensors")
+    model(X)
+    with pytest.raises(AdapterError, match=r"2\.codes"):
+        peftlib.save(model, tmp_path / "after.safetensors")
+    assert not (tmp_path / "after.safetensors").exists()
+    peftlib.eject(model)
+    assert buffers(model) == before
+
+
+def test_merging_for_good_keeps_the_buffers_that_the_function_rests_on():
+    model = quantizing().train()
+    peftlib.inject(model, "1", LoRA, rank=2)
+    train(model)
+    moved, y = buffers(model), model.eval()(X)
+    peftlib.eject(model, merge=True)
+    assert buffers(model) == moved
+    torch.testing.assert_close(model(X), y)
+
+
+def test_a_checkpoint_of_the_base_brings_its_own_buffers(tmp_path):
+    model, other = convolutional(), convolutional()
+    with torch.no_grad():
+        other[1].running_mean.add_(1)
+    peftlib.inject(model, "5", LoRA, rank=2)
+    model.load_state_dict(other.state_dict())
+    peftlib.save(model, tmp_path / "adapter.safetensors")
+    peftlib.eject(model)
+    assert torch.equal(model[1].running_mean, other[1].running_mean)
+
+
+@pytest.mark.parametrize("leaf", ["running_mean", "running_var"])
+def test_a_base_with_other_statistics_is_another_base(leaf, tmp_path):
+    model, other = nn.Sequential(convolutional()), nn.Sequential(convolutional())
+    peftlib.inject(model, lambda name, module: name == "0", Bottleneck, dim=4)
+    peftlib.save(model, tmp_path / "adapter.safetensors")
+    with torch.no_grad():
+        other[0][1].get_buffer(leaf).add_(1)
+    with pytest.raises(AdapterError, match="statistics"):
+        peftlib.load(other, tmp_path / "adapter.safetensors")
+    peftlib.load(other, tmp_path / "adapter.safetensors", strict=False)
+
+
+def test_compiled_as_one_graph_statistics_stand_still():
+    model = convolutional().train()
+    peftlib.inject(model, "5", LoRA, rank=2)
+    before = buffers(model)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(X), model(X))
+    assert buffers(model) == before
