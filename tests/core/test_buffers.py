@@ -128,6 +128,20 @@ def test_full_on_a_norm_makes_its_statistics_the_adapters():
     assert not torch.equal(state["own.running_mean"], model[1].running_mean)
 
 
+def test_in_training_full_on_a_norm_is_that_norm_trained_statistics_and_all():
+    model, reference = convolutional().train(), convolutional().train()
+    peftlib.inject(model, "1", Full)
+    for module in (reference[3], reference[6]):
+        module.eval()
+    for seed in range(3):
+        x = torch.randn(X.shape, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(model(x), reference(x))
+    ((_, _, adapter),) = peftlib.adapters(model)
+    assert {key.removeprefix("own."): bits(value) for key, value in adapter.state_dict().items()} == {
+        key: bits(value) for key, value in reference[1].state_dict().items()
+    }
+
+
 def test_full_on_a_block_around_a_norm_makes_its_statistics_the_adapters():
     model = nn.Sequential(convolutional()).train()
     peftlib.inject(model, lambda name, module: name == "0", Full)

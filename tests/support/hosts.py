@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers.pytorch_utils import Conv1D
 
 from support import reference
@@ -45,6 +46,15 @@ class Host:
         if self.settles:  # a hook computes the weight at each call: at the first one in this dtype
             with torch.no_grad():
                 made(*self.arguments(dtype)[0])
+        return made
+
+    def base(self, dtype: torch.dtype = torch.float32, training: bool | None = None) -> nn.Module:
+        """The function that adapters stand around: running statistics are held, as in eval mode."""
+        made = self.model(dtype)
+        made.train(made.training if training is None else training)
+        for module in made.modules():
+            if isinstance(module, _NormBase):
+                module.eval()
         return made
 
     def arguments(
