@@ -44,7 +44,7 @@ FILES = {
         "gpu_check bottleneck",
     ],
     "_core": [
-        "targets override table foreign",
+        "targets override table foreign containers",
         "quantized adapter",
         "clone",
         "host",

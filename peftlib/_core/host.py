@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._errors import AdapterError
 from .adapter import Adapter
 from .clone import without_overrides
+from .containers import methods_of_items
 from .foreign import FAST_PATHS, is_bound, place_of_forward, statistics_in
 
 _INNER = "_inner_forward"
@@ -89,9 +90,15 @@ _classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 
 def _adapted(cls: type) -> type:
+    """One class for all hosts of a type, under the type's own name: others look a class up by it."""
     if cls not in _classes:
-        namespace = {"__module__": __name__, "__doc__": cls.__doc__, "forward": _forward_around(cls), **_overrides(cls)}
-        _classes[cls] = types.new_class("Adapted" + cls.__name__, (Adapted, cls), {}, lambda ns: ns.update(namespace))
+        namespace = {
+            **{key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")},
+            "forward": _forward_around(cls),
+            **methods_of_items(cls),
+            **_overrides(cls),
+        }
+        _classes[cls] = types.new_class(cls.__name__, (Adapted, cls), {}, lambda ns: ns.update(namespace))
     return _classes[cls]
 
 

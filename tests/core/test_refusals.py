@@ -199,7 +199,7 @@ def test_parameters_that_are_really_sharded(tmp_path):
         fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(AdapterError, match=r"0: its parameters are sharded already\. Inject first"):
             peftlib.inject(model, "0", LoRA)
-        assert not any("Adapted" in type(module).__name__ for module in model.modules())
+        assert not any("Adapted" in str(type(module).__mro__) for module in model.modules())
     finally:
         torch.distributed.destroy_process_group()
 
@@ -610,7 +610,7 @@ def test_a_foreign_class_on_top_at_eject(merge):
     ("found", "put"),
     [
         (
-            "a forward was put on this AdaptedLinear itself",
+            "a forward was put on this Linear itself",
             lambda host: host.__dict__.update(forward=lambda x: x),
         ),
         (

@@ -103,7 +103,7 @@ def test_a_wrapper_that_came_after_inject_is_refused_at_eject():
     peftlib.inject(model, nn.Linear, LoRA)
     wrapped(model[0])
     before = snapshot(model)
-    with pytest.raises(AdapterError, match="0: a forward was put on this AdaptedLinear itself after inject"):
+    with pytest.raises(AdapterError, match="0: a forward was put on this Linear itself after inject"):
         peftlib.eject(model)
     assert changes(before, model) == []
 
@@ -132,9 +132,7 @@ def test_a_class_on_top_can_be_taken_away_and_then_eject_works():
     before = snapshot(model)
     peftlib.inject(model, nn.Linear, LoRA)
     parametrize.register_parametrization(model[1], "weight", nn.Tanh())
-    with pytest.raises(
-        AdapterError, match=r"1: ParametrizedAdaptedLinear was put above the adapted Linear after inject"
-    ):
+    with pytest.raises(AdapterError, match=r"1: ParametrizedLinear was put above the adapted Linear after inject"):
         peftlib.eject(model)
     parametrize.remove_parametrizations(model[1], "weight", leave_parametrized=False)
     peftlib.eject(model)
@@ -174,7 +172,7 @@ def test_adapted_classes_are_one_for_each_class_and_look_like_it():
     peftlib.inject(model, nn.Linear, LoRA)
     assert type(model[0]) is type(model[1])
     assert isinstance(model[0], nn.Linear)
-    assert type(model[0]).__name__ == "AdaptedLinear"
+    assert type(model[0]) is not nn.Linear
     assert type(model[0]).__doc__ == nn.Linear.__doc__
 
 
