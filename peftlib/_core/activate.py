@@ -8,7 +8,8 @@ from torch import nn
 
 from .clone import clone
 from .host import Selection
-from .walk import adapters, remember_view, require, require_unmerged
+from .merge import merge, unmerge
+from .walk import adapters, remember_view, require, require_one_copy, require_unmerged
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,7 +30,8 @@ class Undo(Generic[M]):
 def activate(model: M, *names: str) -> Undo[M]:
     """Makes exactly these adapters act, their effects summed; with no name, the base alone.
 
-    Costs one bare walk over the modules, and moves no `requires_grad` (`train_only` does); a `view` needs no walk.
+    Costs one bare walk over the modules, and moves no `requires_grad` (`train_only` does); a `view` needs no walk. A
+    merged model is unmerged for it, and merged again when a `with` block is left.
 
     Args:
         model: a model with adapters.
@@ -39,7 +41,8 @@ def activate(model: M, *names: str) -> Undo[M]:
         A context manager whose exit brings the previous choice back; using it is optional.
 
     Raises:
-        AdapterError: an absent name, a merged model.
+        AdapterError: an absent name, two adapters that each have a copy (`Full`) of one weight, a merged model that has
+            a live view.
 
     Example:
         >>> import torch, peftlib
@@ -49,18 +52,23 @@ def activate(model: M, *names: str) -> Undo[M]:
         ...     base_output = model(torch.ones(1, 4))
     """
     selection = require(model, names)
-    require_unmerged(selection, "activate")
+    require_one_copy(model, names, "activate")
+    merged = selection.merged
+    if merged:
+        unmerge(model)
     before, selection.active = selection.active, tuple(dict.fromkeys(names))
-    return Undo(model, lambda: _choose_again(selection, before))
+    return Undo(model, lambda: _choose_again(model, selection, before, merged))
 
 
-def _choose_again(selection: Selection, names: tuple[str, ...]) -> None:
+def _choose_again(model: nn.Module, selection: Selection, names: tuple[str, ...], merged: tuple[str, ...]) -> None:
     """A model that was merged inside the block goes back to the choice when it is unmerged."""
-    known = tuple(name for name in names if name in selection.count)
+    known, folded = (tuple(name for name in each if name in selection.count) for each in (names, merged))
     if selection.merged:
         selection.active_before_merge = known
-    else:
-        selection.active = known
+        return
+    selection.active = known
+    if folded:
+        merge(model, *folded)
 
 
 def train_only(model: M, *names: str) -> Undo[M]:
@@ -116,6 +124,7 @@ def view(model: M, *names: str) -> M:
     """
     original = require(model, names)
     require_unmerged(original, "view")
+    require_one_copy(model, names, "view")
     other: Any = clone(model)
     selection = require(other)
     selection.active = tuple(dict.fromkeys(names))

@@ -105,6 +105,12 @@ class Adapter(nn.Module):
         brought for it."""
         return host.modules()
 
+    def copies(self) -> Mapping[str, Tensor | None]:
+        """The host's tensors that this adapter has copies of in their place, by name: of all (None), or of these rows.
+
+        Copies of one weight have no sum, so two adapters that have them are not active together."""
+        return dict.fromkeys(self.replaces)
+
     def file_keys(self) -> dict[str, str]:
         """The key of each tensor in a file, after the host's name, and its key in `state_dict()`."""
         return {key: key for key in self.state_dict()}

@@ -21,7 +21,7 @@ from .host import (
     put,
 )
 from .targets import Targets, select
-from .walk import adapters, candidates, hosts, require_no_views, require_unmerged, share_selection
+from .walk import adapters, candidates, hosts, require_no_views, require_one_copy, require_unmerged, share_selection
 
 
 class Part(NamedTuple):
@@ -100,6 +100,7 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
             put(host, adapter)
             if adapter.name not in selection.active:
                 selection.active += (adapter.name,)
+        require_one_copy(model, selection.active, "inject")
         if freeze:
             freeze_base(model, selection)
 

@@ -4,14 +4,16 @@ import contextlib
 import gc
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .._errors import AdapterError
 from .adapter import Adapter
 from .host import Selection, adapters_of, is_host, parts
+from .override import owner_of
 
 _views: weakref.WeakKeyDictionary[Selection, "weakref.WeakSet[Selection]"] = weakref.WeakKeyDictionary()
 _one_thread = threading.RLock()  # while the table is walked, a view made elsewhere would end the walk
@@ -131,6 +133,28 @@ def _all_hosts(model: nn.Module) -> Iterator[Any]:
 def require_unmerged(selection: Selection, doing: str) -> None:
     if selection.merged:
         raise AdapterError(f"{doing}: {', '.join(selection.merged)} is merged into the base. Call unmerge first.")
+
+
+def require_one_copy(model: nn.Module, names: Collection[str], doing: str) -> None:
+    """Effects are summed, and copies of one weight have no sum: of two, the one put in last would win in silence."""
+    if len(names) < 2:
+        return
+    taken: dict[tuple[int, str], list[tuple[str, Tensor | None]]] = {}
+    for host_name, name, adapter in adapters(model):
+        for path, rows in adapter.copies().items() if name in names else ():
+            owner, leaf = owner_of(model.get_submodule(host_name), path)
+            others = taken.setdefault((id(owner), leaf), [])
+            both = next((other for other, held in others if other != name and _overlap(rows, held)), None)
+            if both is not None:
+                raise AdapterError(
+                    f'{doing}: "{both}" and "{name}" each have a copy of {f"{host_name}.{path}".lstrip(".")}, and two '
+                    f"copies have no sum. Keep one of them active: peftlib.activate(model, {name!r})."
+                )
+            others.append((name, rows))
+
+
+def _overlap(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is None or other is None or bool(torch.isin(one, other.to(one.device)).any())
 
 
 @contextlib.contextmanager

@@ -98,6 +98,9 @@ class Full(Adapter):
         params = config.get("params") or "*"
         return [{**config, "params": [f"{inner}.{name}" for name in ([params] if isinstance(params, str) else params)]}]
 
+    def copies(self) -> dict[str, Tensor | None]:
+        return {alias: self.rows for aliases in self.aliases.values() for alias in aliases}
+
     def file_keys(self) -> dict[str, str]:
         return {key.removeprefix(f"{_OWN}."): key for key in self.state_dict()}
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core.activate import activate
-from .._core.walk import in_eval_mode
+from .._core.walk import in_eval_mode, require, require_unmerged
 from .._errors import AdapterError
 
 
@@ -67,6 +67,7 @@ def distill(
     """
     if not 0 < temperature < float("inf"):
         raise AdapterError(f"distill: temperature={temperature!r} is not a positive number. Pass temperature=2, say.")
+    require_unmerged(require(model, teacher), "distill")
     with torch.no_grad(), activate(model, *teacher), in_eval_mode(model):
         z0 = output(model(*inputs, **keywords))
     z = output(given)

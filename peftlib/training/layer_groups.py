@@ -204,7 +204,7 @@ def by_stacks(model: nn.Module) -> dict[str, str]:
         passed = passed if block is None else stack_of[block] + 1
         places[name] = passed if block is None else block
     titles = {
-        at: _title([name for name, place in places.items() if place == at], f"{where} {block}", [*stack_of])
+        at: _shared_name([name for name, place in places.items() if place == at], f"{where} {block}", [*stack_of])
         for at, (where, block) in enumerate([("below", stacks[0][0]), *(("above", stack[-1]) for stack in stacks)])
     }
     return {name: titles[place] if isinstance(place, int) else place for name, place in places.items()}
@@ -246,7 +246,7 @@ def _own_type(module: nn.Module) -> type:
     return cls
 
 
-def _title(names: list[str], otherwise: str, blocks: list[str]) -> str:
+def _shared_name(names: list[str], otherwise: str, blocks: list[str]) -> str:
     """The module that holds them all, if it holds no block."""
     columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
     shared = ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, columns))

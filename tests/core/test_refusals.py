@@ -521,12 +521,14 @@ STATES = {
         merged_model, lambda model: peftlib.verify(model, torch.ones(1, 4)), first_then_unmerge("verify")
     ),
     "merge a merged model": Refusal(
-        merged_model, lambda m: peftlib.merge(m, "other"), r"merge: default is merged already\. Call unmerge first\."
+        merged_model,
+        lambda m: peftlib.merge(m, "other"),
+        r"merge: default is merged into the base\. Call unmerge first\.",
     ),
     "stream other names from a merged model": Refusal(
         merged_model,
         lambda m: peftlib.merged_state_dict(m, "other"),
-        r"merged_state_dict: default is merged already\. Call unmerge first\.",
+        r"merged_state_dict: default is merged into the base\. Call unmerge first\.",
     ),
     "eject another name than the merged one for good": Refusal(
         merged_model,
@@ -761,7 +763,7 @@ def test_pissa_drawn_again_without_its_host():
 
 
 def test_two_kinds_of_one_name():
-    message = r"kind 'LoRA': peftlib\.lora\.LoRA has this name already, .*\. Rename .*test_refusals.*LoRA\."
+    message = r"kind 'LoRA': peftlib\.LoRA has this name already, .*\. Rename .*test_refusals.*LoRA\."
     with pytest.raises(AdapterError, match=message):
         type("LoRA", (peftlib.Adapter,), {"__module__": __name__, "__qualname__": "LoRA"})
     model = linears()
