@@ -1,5 +1,5 @@
 # `make demo` and `make test` need a Python of 3.11 or newer and nothing else: they make .venv themselves.
-.PHONY: help demo test test-all matrix coverage mutate lint bench tables docs gpu-check clean
+.PHONY: help demo test test-all matrix coverage mutate lint bench tables docs docs-serve gpu-check clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
@@ -19,7 +19,7 @@ help:
 	@echo 'make bench      speed and memory beside other libraries; needs a quiet machine'
 	@echo 'make tables     accuracy and forgetting of each kind and method; an hour or two, and it resumes'
 	@echo 'make gpu-check  the kernels, tested and timed on the GPU of this machine'
-	@echo 'make docs       the pages of docs/ as a site in site/'
+	@echo 'make docs       the pages of docs/ as a site in site/; make docs-serve shows it while you write'
 	@echo 'make clean      remove .venv and everything that was made'
 
 # Threads that spin while they wait make a step ten times slower where other work runs beside it.
@@ -29,7 +29,7 @@ demo: .venv/.with-demo
 test: .venv/.with-test
 	$(PYTEST) -n 2 -m 'not slow'
 
-test-all: .venv/.with-test .venv/.with-demo .venv/.with-ecosystem
+test-all: .venv/.with-test .venv/.with-demo .venv/.with-ecosystem .venv/.with-docs
 	$(PYTEST) -n 2
 
 # torchvision is built beside one torch, and may not be importable beside this one: its tests run where it is.
@@ -44,7 +44,7 @@ mutate: .venv/.with-test
 	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tools.mutate \
 	  peftlib/_merge.py peftlib/_io.py peftlib/_host.py peftlib/lora.py kernels/lora.py kernels/lora_dense.py
 
-lint: .venv/.with-lint .venv/.with-test .venv/.with-demo
+lint: .venv/.with-lint .venv/.with-test .venv/.with-demo .venv/.with-docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	ln -sfn ../kernels peftlib/kernels
@@ -63,8 +63,14 @@ tables: .venv/.with-demo
 gpu-check: .venv/.with-test
 	$(BIN)/python -m peftlib.kernels.gpu_check
 
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
 docs: .venv/.with-docs
+	ln -sfn ../kernels peftlib/kernels
 	$(BIN)/mkdocs build --strict --quiet
+
+docs-serve: .venv/.with-docs
+	ln -sfn ../kernels peftlib/kernels
+	$(BIN)/mkdocs serve
 
 clean:
 	rm -rf .venv peftlib/kernels build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage .coverage.*

@@ -1,4 +1,4 @@
-"""What the site needs beyond MkDocs: equations, generated pages, Markdown beside the HTML, llms.txt."""
+"""What the site needs beyond MkDocs: equations, drawings, generated pages, Markdown beside the HTML, llms.txt."""
 
 import re
 import sys
@@ -9,10 +9,17 @@ from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads a hook as a file, not as a package
 
+import drawings
+import matrix_page
+import plain_pages
 from mathml import MathML
 
 ROOT = Path(__file__).parent.parent.parent
 _DEMO = re.compile(r"^```python demo$", re.MULTILINE)  # an excerpt of docs/demo.py, which the tests compare
+_DRAWING = re.compile(r"^!\[[^]]*\]\([./]*assets/drawings/(\w+)\.svg\)$", re.MULTILINE)
+_OPTIONS = re.compile(r"^<!-- options: (\S+) -->$", re.MULTILINE)
+
+_written: dict[str, tuple[str, str]] = {}  # page -> its title and its Markdown
 
 
 def on_config(config: Any) -> Any:
@@ -22,8 +29,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    changelog = (ROOT / "CHANGELOG.md").read_text()
-    files.append(File.generated(config, "changelog.md", content=changelog))
+    files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text()))
     files.append(File.generated(config, "benchmarks.md", content=benchmarks()))
     return files
 
@@ -32,8 +38,23 @@ def benchmarks() -> str:
     """The table of the last `make bench`, with a title and its sections as headings."""
     table = (ROOT / "benchmarks" / "results" / "latest.md").read_text()
     table = re.sub(r"^\*\*(.*)\*\*$", r"## \1", table, flags=re.MULTILINE)
-    return f"# Benchmarks\n\nMade by `make bench`; losing rows stay in, with the reason.\n\n{table}"
+    return f"# Benchmarks\n\nMade by `make bench`. Rows in which a peer is ahead stay in, with the reason.\n\n{table}"
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    return _DEMO.sub("```python", markdown)
+    markdown = _OPTIONS.sub(lambda found: plain_pages.options(found[1]), _DEMO.sub("```python", markdown))
+    _written[page.file.src_uri] = page.title, plain_pages.expanded(markdown)
+    if page.file.src_uri == "matrix.md":
+        markdown = matrix_page.collapsed(markdown)
+    return _DRAWING.sub(lambda found: f'<div class="drawing">{all_drawings[found[1]].inline()}</div>', markdown)
+
+
+all_drawings = drawings.all_drawings()
+
+
+def on_post_build(config: Any) -> None:
+    """Each page's Markdown beside its HTML, and a list of all of them for language models."""
+    site = Path(config.site_dir)
+    for uri, (_, text) in _written.items():
+        (site / uri).write_text(text)
+    (site / "llms.txt").write_text(plain_pages.index(config.nav, _written, config.site_description))
