@@ -14,7 +14,7 @@ import peftlib
 from peftlib._core.adapter import KINDS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(python|pycon)[ ]*(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -19,7 +19,8 @@ _STYLE = """
 .d-ghost{fill:none;stroke:var(--drawing-soft,#8a94a6);stroke-dasharray:4 3}
 .d-sum{fill:var(--drawing-ground,#fff);stroke:var(--drawing-soft,#6b7687);stroke-width:1.5}
 """
-_DARK = """@media (prefers-color-scheme:dark){:root{--drawing-ink:#e4e8ef;--drawing-soft:#8a94a6;--drawing-frozen:#333b4d;
+_DARK = """@media (prefers-color-scheme:dark){:root{--drawing-ink:#e4e8ef;--drawing-soft:#8a94a6;
+--drawing-frozen:#333b4d;
 --drawing-trained:#b4691a;--drawing-trained-ink:#ffe3c2;--drawing-ground:#1e2129}}
 """
 
@@ -57,7 +58,8 @@ class Drawing:
         self.line(*points)
         (x0, y0), (x, y) = points[-2:]
         dx, dy = (x > x0) - (x < x0), (y > y0) - (y < y0)
-        self.shape([(x, y), (x - 8 * dx - 4 * dy, y - 8 * dy - 4 * dx), (x - 8 * dx + 4 * dy, y - 8 * dy + 4 * dx)], "head")
+        wings = [(x - 8 * dx - 4 * side * dy, y - 8 * dy - 4 * side * dx) for side in (1, -1)]
+        self.shape([(x, y), *wings], "head")
 
     def sum(self, x: float, y: float, text: str = "+") -> None:
         self.parts.append(f'<circle class="d-sum" cx="{x:g}" cy="{y:g}" r="11"/>')

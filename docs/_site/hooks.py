@@ -41,7 +41,7 @@ def benchmarks() -> str:
     return f"# Benchmarks\n\nMade by `make bench`. Rows in which a peer is ahead stay in, with the reason.\n\n{table}"
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = _OPTIONS.sub(lambda found: plain_pages.options(found[1]), _DEMO.sub("```python", markdown))
     _written[page.file.src_uri] = page.title, plain_pages.expanded(markdown)
     if page.file.src_uri == "matrix.md":

@@ -2,7 +2,8 @@
 
 import re
 
-_FILTER = '<input class="matrix-filter" type="search" placeholder="Filter: FSDP, 4-bit, kohya, generate …" aria-label="Filter">'
+_HINT = "Filter: FSDP, 4-bit, kohya, generate …"
+_FILTER = f'<input class="matrix-filter" type="search" placeholder="{_HINT}" aria-label="Filter the rows">'
 
 
 def collapsed(markdown: str) -> str:
@@ -15,4 +16,4 @@ def _section(text: str) -> str:
     title, _, body = text.partition("\n")
     features = len(re.findall(r"^\| [^|]", body, re.MULTILINE))
     indented = "\n".join(f"    {line}".rstrip() for line in body.strip().splitlines())
-    return f'??? matrix "{title} <span class=\'count\'>{features}</span>"\n\n{indented}\n'
+    return f"??? matrix \"{title} <span class='count'>{features}</span>\"\n\n{indented}\n"
