@@ -72,12 +72,12 @@ def test_every_block_of_a_page_runs(page):
         exec(compile("\n" * line + source, str(page), "exec"), namespace)
 
 
-def test_the_readme_shows_the_demo_as_it_is():
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, label="demo")], ids=lambda page: page.name)
+def test_a_page_shows_the_demo_as_it_is(page):
     demo = (ROOT / "docs" / "demo.py").read_text()
-    excerpts = blocks(ROOT / "README.md", label="demo")
-    assert excerpts
-    for _, line, excerpt in excerpts:
-        assert textwrap.indent(excerpt.strip(), "    ") in demo, f"README.md:{line + 1} is not what docs/demo.py says"
+    for _, line, excerpt in blocks(page, label="demo"):
+        shown = excerpt.strip()
+        assert shown in demo or textwrap.indent(shown, "    ") in demo, f"{page}:{line + 1} is not what docs/demo.py says"
 
 
 @pytest.mark.parametrize("name", public_objects())
