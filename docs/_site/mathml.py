@@ -8,10 +8,10 @@ from latex2mathml.converter import convert
 from markdown import Extension, Markdown
 from markdown.preprocessors import Preprocessor
 
-_FENCE = re.compile(r"^```math\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # pages, as GitHub reads it too
-_DIRECTIVE = re.compile(r"^\.\. math:: (.*(?:\n[ ]+\S.*)*)", re.MULTILINE)  # docstrings
+# Equations stand in `math` fences on pages, as GitHub reads them too, and in directives in docstrings.
+_FENCE = re.compile(r"^```math\n(?P<latex>.*?)^```$|^(?P<mark>```+)[^`\n]*\n.*?^(?P=mark)$", re.MULTILINE | re.DOTALL)
+_DIRECTIVE = re.compile(r"^\.\. math:: (.*(?:\n[ ]+\S.*)*)", re.MULTILINE)
 _INLINE = re.compile(r"\$`([^`]+)`\$|:math:`([^`]+)`")
-_OTHER_FENCE = re.compile(r"^(```+)(?!math\n).*?^\1$", re.MULTILINE | re.DOTALL)
 
 
 class MathML(Extension):
@@ -24,21 +24,20 @@ class _Equations(Preprocessor):
         return "".join(self._parts("\n".join(lines))).split("\n")
 
     def _parts(self, text: str) -> Iterator[str]:
-        """Code is left as it is; between code blocks each equation is replaced."""
+        """Code is left as it is; elsewhere each equation is replaced."""
         at = 0
-        for code in _OTHER_FENCE.finditer(text):
-            yield self._replaced(text[at : code.start()])
-            yield code[0]
-            at = code.end()
+        for fence in _FENCE.finditer(text):
+            yield self._replaced(text[at : fence.start()])
+            yield fence[0] if fence["latex"] is None else self._block(fence["latex"])
+            at = fence.end()
         yield self._replaced(text[at:])
 
     def _replaced(self, text: str) -> str:
-        for pattern in (_FENCE, _DIRECTIVE):
-            text = pattern.sub(self._block, text)
+        text = _DIRECTIVE.sub(lambda found: self._block(found[1]), text)
         return _INLINE.sub(lambda found: self._stored(convert(found[1] or found[2])), text)
 
-    def _block(self, found: re.Match[str]) -> str:
-        latex = " ".join(textwrap.dedent(found[1]).split())
+    def _block(self, latex: str) -> str:
+        latex = " ".join(textwrap.dedent(latex).split())
         return "\n" + self._stored(f'<div class="equation">{convert(latex, display="block")}</div>') + "\n"
 
     def _stored(self, html: str) -> str:
