@@ -26,7 +26,7 @@ help:
 demo: .venv/.with-demo
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python docs/demo.py
 
-test: .venv/.with-test
+test: .venv/.with-test .venv/.with-docs
 	$(PYTEST) -n 2 -m 'not slow'
 
 test-all: .venv/.with-test .venv/.with-demo .venv/.with-ecosystem .venv/.with-docs
@@ -36,7 +36,7 @@ test-all: .venv/.with-test .venv/.with-demo .venv/.with-ecosystem .venv/.with-do
 matrix: .venv/.with-test .venv/.with-demo .venv/.with-ecosystem
 	PYTHONPATH=tests $(PYTEST) -n 2 -p tools.matrix -m feature --matrix docs/matrix.md $(TESTS)
 
-coverage: .venv/.with-test
+coverage: .venv/.with-test .venv/.with-docs
 	$(PYTEST) -n 2 -m 'not slow' --cov --cov-report=term --cov-report=json:.coverage.json
 	$(BIN)/python tests/tools/covered.py .coverage.json
 
@@ -65,11 +65,9 @@ gpu-check: .venv/.with-test
 
 docs docs-serve: export NO_MKDOCS_2_WARNING := 1
 docs: .venv/.with-docs
-	ln -sfn ../kernels peftlib/kernels
 	$(BIN)/mkdocs build --strict --quiet
 
 docs-serve: .venv/.with-docs
-	ln -sfn ../kernels peftlib/kernels
 	$(BIN)/mkdocs serve
 
 clean:

@@ -77,7 +77,7 @@ def test_a_page_shows_the_demo_as_it_is(page):
     demo = (ROOT / "docs" / "demo.py").read_text()
     for _, line, excerpt in blocks(page, label="demo"):
         shown = excerpt.strip()
-        assert shown in demo or textwrap.indent(shown, "    ") in demo, f"{page}:{line + 1} is not what docs/demo.py says"
+        assert shown in demo or textwrap.indent(shown, "    ") in demo, f"{page}:{line + 1} is not in docs/demo.py"
 
 
 @pytest.mark.parametrize("name", public_objects())

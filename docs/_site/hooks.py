@@ -10,8 +10,8 @@ from mkdocs.structure.files import File, Files
 sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads a hook as a file, not as a package
 
 import drawings
-import matrix_page
 import plain_pages
+import tables
 from mathml import MathML
 
 ROOT = Path(__file__).parent.parent.parent
@@ -23,6 +23,9 @@ _written: dict[str, tuple[str, str]] = {}  # page -> its title and its Markdown
 
 
 def on_config(config: Any) -> Any:
+    link = ROOT / "peftlib" / "kernels"  # as the installed package has it; `make lint` makes the same link
+    if not link.exists():
+        link.symlink_to("../kernels")
     config.markdown_extensions.append(MathML())
     config.extra["polyfills"] = ["assets/iframe-worker.js"]
     return config
@@ -44,8 +47,8 @@ def benchmarks() -> str:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = _OPTIONS.sub(lambda found: plain_pages.options(found[1]), _DEMO.sub("```python", markdown))
     _written[page.file.src_uri] = page.title, plain_pages.expanded(markdown)
-    if page.file.src_uri == "matrix.md":
-        markdown = matrix_page.collapsed(markdown)
+    if page.file.src_uri in ("matrix.md", "benchmarks.md"):
+        markdown = tables.collapsed(markdown)
     return _DRAWING.sub(lambda found: f'<div class="drawing">{all_drawings[found[1]].inline()}</div>', markdown)
 
 
