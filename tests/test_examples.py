@@ -59,7 +59,7 @@ def run_examples(name: str, examples: list[doctest.DocTest]) -> None:
 @pytest.mark.filterwarnings(
     "ignore:.*(treespec|num_workers|`val_dataloader`|sampler|logging interval)"
 )  # Lightning's own
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_of_a_page_runs(page):
     namespace: dict[str, object] = {"__name__": page.stem}
     for language, line, source in blocks(page):

@@ -4,6 +4,7 @@ import ast
 import html.parser
 import importlib.util
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -12,10 +13,6 @@ from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
 import pytest
-
-import peftlib
-import peftlib.exchange
-import peftlib.hf
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -34,9 +31,10 @@ def exported(module: ModuleType) -> list[str]:
 
 def public_names() -> set[str]:
     names: set[str] = set()
-    for module in (peftlib, peftlib.schedules, peftlib.kernels, peftlib.hf, peftlib.exchange):
+    for place in ("peftlib", "peftlib.schedules", "peftlib.kernels", "peftlib.hf", "peftlib.exchange"):
+        module = pkgutil.resolve_name(place)
         found = {name for name in exported(module) if not isinstance(getattr(module, name), ModuleType)}
-        names |= {f"{module.__name__}.{name}" for name in found}
+        names |= {f"{place}.{name}" for name in found}
     return names
 
 
