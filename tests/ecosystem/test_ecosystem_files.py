@@ -21,7 +21,7 @@ def in_order(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(sorted(state.items()))
 
 
-@feature("HF peft: every kind in a Llama, read by peft itself and read back")
+@feature("HF peft: every adapter type in a Llama, read by peft itself and read back")
 @every_kind
 def test_peft_reads_what_each_kind_writes(column, tmp_path, record_property):
     model = llama(column)

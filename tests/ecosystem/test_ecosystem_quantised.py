@@ -23,12 +23,12 @@ from support.quantised import BASES, HAS_BFLOAT16_KERNEL, KINDS, WIDTH, Base, ch
 
 each_base = pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)
 ROWS = {
-    "torchao int8 weight-only": feature("quantised base, torchao int8 weight-only"),
-    "torchao int4 weight-only": feature("quantised base, torchao int4 weight-only"),
-    "torchao NF4": feature("quantised base, torchao NF4"),
-    "bitsandbytes 8-bit": feature("quantised base, bitsandbytes 8-bit"),
-    "bitsandbytes 4-bit NF4, twice quantised": feature("quantised base, bitsandbytes 4-bit NF4, twice quantised"),
-    "bitsandbytes 4-bit FP4": feature("quantised base, bitsandbytes 4-bit FP4"),
+    "torchao int8 weight-only": feature("quantized base, torchao int8 weight-only"),
+    "torchao int4 weight-only": feature("quantized base, torchao int4 weight-only"),
+    "torchao NF4": feature("quantized base, torchao NF4"),
+    "bitsandbytes 8-bit": feature("quantized base, bitsandbytes 8-bit"),
+    "bitsandbytes 4-bit NF4, doubly quantized": feature("quantized base, bitsandbytes 4-bit NF4, doubly quantized"),
+    "bitsandbytes 4-bit FP4": feature("quantized base, bitsandbytes 4-bit FP4"),
 }
 every_base = pytest.mark.parametrize(
     "base", [pytest.param(base, id=base.name, marks=ROWS[base.name]) for base in BASES]
@@ -224,7 +224,7 @@ def _memory(layer: Any) -> list[int]:
     return [leaf.data_ptr() for tensor in [layer.weight, *held] for _, leaf in leaves("", tensor)]
 
 
-@feature("quantised model in bfloat16, adapter in float32")
+@feature("quantized model in bfloat16, adapter in float32")
 @pytest.mark.parametrize("base", [BASES[0], *BASES[2:5]], ids=lambda base: base.name)
 @every_kind
 def test_a_quantised_model_in_bfloat16_trains_adapters_in_float32(base, column, record_property):
@@ -240,7 +240,7 @@ def test_a_quantised_model_in_bfloat16_trains_adapters_in_float32(base, column, 
 # Merging
 
 
-@feature("merge into a quantised base")
+@feature("merge into a quantized base")
 @each_base
 @every_kind
 def test_merging_is_refused_in_words_where_codes_would_change(base, column, record_property):
@@ -272,7 +272,7 @@ def _streamed(model: nn.Module) -> None:
     dict(peftlib.merged_state_dict(model))
 
 
-@feature("eject(merge=True, dequantize=True) from a quantised base")
+@feature("eject(merge=True, dequantize=True) from a quantized base")
 @each_base
 @every_kind
 def test_merged_in_float32_the_output_is_the_live_one(base, column, record_property):
@@ -510,7 +510,7 @@ def test_verify_does_not_make_a_4_bit_layer_repack_itself():
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {
-    "bitsandbytes 4-bit NF4, twice quantised": lambda: hf.BitsAndBytesConfig(
+    "bitsandbytes 4-bit NF4, doubly quantized": lambda: hf.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     ),

@@ -289,7 +289,7 @@ def ways_to_export(model: nn.Module, given: Tensor) -> Iterator[Any]:
     yield torch.export.export(model, (given,), dynamic_shapes=({0: batch, 1: length},))
 
 
-@feature("torch.export of a live model, also with dynamic shapes")
+@feature("torch.export of an unmerged model, also with dynamic shapes")
 @every_kind
 def test_a_live_model_exports_and_comes_back_from_its_file(column):
     model = network(column)

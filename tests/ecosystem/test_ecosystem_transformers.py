@@ -204,7 +204,7 @@ def test_generating_with_a_cache_gives_the_same_tokens(column, how):
     assert not torch.equal(found, generated(llama(), use_cache=True, **how))
 
 
-@feature("generate: the same tokens merged as live")
+@feature("generate: the same tokens merged and unmerged")
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 @every_kind
 def test_generating_merged_gives_the_same_tokens(column, how, record_property):

@@ -76,7 +76,7 @@ CELLS = [(row, animal) for row in ROWS for animal in ZOO if row.targets(animal) 
 
 
 def marks(row: Row, animal: Animal) -> Any:
-    own = feature("all laws of a kind: Llama, Qwen3, Gemma 2, GPT-2; BERT, T5, ViT, Whisper", row.kind.__name__)
+    own = feature("all properties of a type: Llama, Qwen3, Gemma 2, GPT-2; BERT, T5, ViT, Whisper", row.kind.__name__)
     return own if type(animal.make()).__module__.startswith("transformers.") else ()
 
 

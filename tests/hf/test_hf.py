@@ -188,7 +188,7 @@ def rows_of(case: Case) -> list[Any]:
         r"hf-conv1d": feature("HF peft: the Conv1D of transformers", *kinds),
         r"attention": feature("HF peft: MultiheadAttention", *kinds),
         r"stack|two-stacks": feature("HF peft: target_parameters, as of mixtures of experts", *kinds),
-        r".*stabilised": feature("HF peft: rank-stabilised", *kinds),
+        r".*stabilised": feature("HF peft: rank-stabilized", *kinds),
         r"patterns|some|expression|all-linear|stacks-and": feature("HF peft: patterns of ranks, alphas, names", *kinds),
         r".*bias": feature("HF peft: learned biases", *kinds),
         r"all-linear|kept|.*head|net": feature("HF peft: modules_to_save", *kinds),

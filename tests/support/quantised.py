@@ -88,7 +88,7 @@ BASES = [
          lambda layer: layer.weight.dequantize(), pickles=False),
     Base("torchao NF4", _nf4, lambda layer: layer.weight.get_original_weight()),
     Base("bitsandbytes 8-bit", _8bit, _8bit_values),
-    Base("bitsandbytes 4-bit NF4, twice quantised", four_bits("nf4"), _4bit_values),
+    Base("bitsandbytes 4-bit NF4, doubly quantized", four_bits("nf4"), _4bit_values),
     Base("bitsandbytes 4-bit FP4", four_bits("fp4", compress_statistics=False), _4bit_values),
 ]  # fmt: skip
 BY_NAME = {base.name: base for base in BASES}

@@ -14,8 +14,8 @@ KINDS = ("LoRA", "DoRA", "IA3", "Bottleneck", "Prefix", "Prompt", "Full")
 # The files that hold features, in the order of the page, and what the page calls each of them.
 SECTIONS = {
     "test_ecosystem_torch": "torch",
-    "test_ecosystem_distributed": "Many processes",
-    "test_ecosystem_quantised": "Quantised bases",
+    "test_ecosystem_distributed": "Distributed training",
+    "test_ecosystem_quantised": "Quantized base models",
     "test_zoo": "transformers",
     "test_ecosystem_transformers": "transformers",
     "test_ecosystem_device_map": "A model over several devices, memory and disk",
@@ -30,8 +30,8 @@ SECTIONS = {
 }
 LIBRARIES = {
     "torch": ["torch"],
-    "Many processes": ["torch"],
-    "Quantised bases": ["torch", "torchao", "bitsandbytes", "transformers"],
+    "Distributed training": ["torch"],
+    "Quantized base models": ["torch", "torchao", "bitsandbytes", "transformers"],
     "transformers": ["torch", "transformers"],
     "A model over several devices, memory and disk": ["torch", "transformers", "accelerate"],
     "Training libraries": ["torch", "pytorch-lightning", "accelerate", "transformers"],
@@ -41,15 +41,15 @@ LIBRARIES = {
     "Files of other tools": ["torch", "transformers", "peft"],
 }
 
-PAGE = """# What works with what?
+PAGE = """# Compatibility matrix
 
-Each row is a feature of a library around us, each column a kind of adapter, each cell what tests with the real library
-found.
-`make matrix` runs them and writes this page; it fails, and writes nothing, while a cell is red or empty.
+What works with what: each row is a feature of another library, each column an adapter type, each cell the result of
+tests with the real library. `make matrix` runs them and writes this page; it fails, and writes nothing, while a cell
+is red or empty.
 
 - ✓ works, as the tests of that row say; with a number, one way of it works and another is refused
-- ✗ is refused, by an `AdapterError` whose words stand below the table
-- – has no meaning for this kind, for the reason below the table
+- ✗ is refused, by an `AdapterError` whose message stands below the table
+- – does not apply to this type, for the reason below the table
 """
 
 
