@@ -52,6 +52,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return _DRAWING.sub(lambda found: f'<div class="drawing">{all_drawings[found[1]].inline()}</div>', markdown)
 
 
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    beside = Path(page.file.src_uri).name
+    return output.replace("</head>", f'<link rel="alternate" type="text/markdown" href="{beside}"></head>', 1)
+
+
 all_drawings = drawings.all_drawings()
 
 

@@ -26,12 +26,14 @@ def options(name: str) -> str:
     """The keywords of an adapter type as a table, from its signature and its docstring."""
     sections = _found(name).docstring.parsed
     arguments = next(section.value for section in sections if section.kind is griffe.DocstringSectionKind.parameters)
-    rows = [
-        f"| `{each.name}` | `{each.default}` | {' '.join(each.description.split())} |".replace("`None`", "–")
-        for each in arguments
-        if each.name != "host"
-    ]
+    rows = [_row(each) for each in arguments if each.name != "host"]
     return "\n".join(["| option | default | |", "|---|---|---|", *rows])
+
+
+def _row(argument: Any) -> str:
+    default = "–" if argument.default == "None" else f"`{argument.default}`"
+    meaning = " ".join(argument.description.split()).replace("|", r"\|")
+    return f"| `{argument.name}` | {default} | {meaning} |"
 
 
 def expanded(markdown: str) -> str:
