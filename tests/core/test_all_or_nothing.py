@@ -1,6 +1,7 @@
 """A failure in the middle, at any host, leaves the model as it was: every bit, every attribute, every class."""
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,19 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 import peftlib
 from peftlib import AdapterError, Full, LoRA
-from peftlib._core import host as _host
-from peftlib._core import inject as _model
-from peftlib._core.merged_weights import Folded
-from peftlib.files import rebuild as _rebuild
-from peftlib.files import save_load as _io
+from support.faults import Fault, Steps, fail_at_every_call, fail_at_every_step, failing, steps_of
 from support.helpers import (
-    Fault,
     Gain,
     base_bits,
-    bits,
     changes,
-    fail_at_every_call,
-    failing,
     linears,
     moved,
     network,
@@ -45,6 +38,10 @@ def wrapped() -> Any:
     for module in (model.head, model.layers[0].q_proj):
         module.__dict__["forward"] = module.forward
     return model
+
+
+def small() -> Any:
+    return network(layers=1)
 
 
 def adapted(make: Any = network) -> Any:
@@ -87,11 +84,17 @@ def put_in(model: Any) -> None:
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("owner", "attribute"),
-    [(LoRA, "__init__"), (LoRA, "reset_parameters"), (_model, "put"), (_model, "adopt"), (_host.Adapters, "__init__")],
-    ids=["constructor", "draw", "put", "adopt", "children"],
+    [(LoRA, "__init__"), (LoRA, "reset_parameters")],
+    ids=["constructor", "draw"],
 )
 def test_inject_fails_at_each_host(make, owner, attribute, late):
     assert fail_at_every_call(make, put_in, owner, attribute, late) >= (0 if attribute == "__init__" else 2)
+
+
+@pytest.mark.parametrize(("part", "make"), [*enumerate(MODELS.values())], ids=MODELS)
+def test_inject_fails_at_each_step(part, make):
+    """Each model meets another part of the steps."""
+    assert fail_at_every_step(make, put_in, part, len(MODELS)) >= 20
 
 
 class Fragile(Gain):
@@ -119,34 +122,51 @@ def take_one(model: Any) -> None:
     peftlib.eject(model, "a")
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("act", [take_all, take_one], ids=["all", "one"])
 @pytest.mark.parametrize("make", [adapted, lambda: adapted(encoder), lambda: adapted(wrapped), halves, with_gradients])
-@pytest.mark.parametrize("attribute", ["take", "release", "parts", "fast_paths_around"])
-def test_eject_fails_at_each_host(make, act, attribute, late):
-    assert fail_at_every_call(make, act, _model, attribute, late) >= 1
+def test_eject_fails_at_each_step(make, act):
+    assert fail_at_every_step(make, act) >= 25
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("attribute", ["take", "release"])
-def test_eject_for_good_fails_at_each_host_and_unfolds(attribute, late):
-    assert fail_at_every_call(adapted, lambda m: peftlib.eject(m, merge=True), _model, attribute, late) >= 4
+def adapted_once() -> Any:
+    torch.manual_seed(0)
+    return adapted(small)
 
 
-@pytest.mark.parametrize("attribute", ["take", "release"])
-def test_eject_of_a_merged_model_fails_at_each_host_and_stays_merged(attribute):
-    def merged() -> Any:
-        model = adapted()
-        peftlib.merge(model)
-        return model
+def merged_once() -> Any:
+    model = adapted_once()
+    peftlib.merge(model)
+    return model
 
-    assert fail_at_every_call(merged, lambda m: peftlib.eject(m, merge=True), _model, attribute) >= 4
+
+@pytest.mark.parametrize("make", [adapted_once, merged_once], ids=["live", "merged"])
+def test_eject_for_good_fails_at_each_step_and_leaves_the_model_whole(make):
+    """As it was; or, where the weights are written already, all of them: then another call takes the adapters out."""
+    done = make()
+    peftlib.eject(done, merge=True)
+    undone = 0
+    numbers = steps_of(make, lambda m: peftlib.eject(m, merge=True), 0, 2)
+    for number in numbers:
+        model = make()
+        before = snapshot(model)
+        with Steps(number), contextlib.suppress(Fault):
+            peftlib.eject(model, merge=True)
+        if changes(before, model) == []:
+            undone += 1
+        else:
+            assert base_bits(model) == base_bits(done)
+        if peftlib.summary(model).rows:
+            assert len(peftlib.summary(model).rows) == len(peftlib.summary(make()).rows)
+            peftlib.eject(model, merge=True)
+        assert base_bits(model) == base_bits(done)
+        assert [type(module) for module in model.modules()] == [type(module) for module in done.modules()]
+    assert undone >= len(numbers) - 5
 
 
 FOLDING = {
     "fold": (LoRA, "fold"),
     "fold of another kind": (Full, "fold"),
-    "round": (Folded, "rounded"),
+    "round": (torch.Tensor, "to"),
     "copy": (torch.Tensor, "copy_"),
     "back up": (torch.Tensor, "clone"),
     "check": (torch.Tensor, "isfinite"),
@@ -158,6 +178,10 @@ FOLDING = {
 @pytest.mark.parametrize("act", [peftlib.merge, lambda m: peftlib.eject(m, merge=True)], ids=["merge", "eject"])
 def test_merge_fails_at_each_weight(act, owner, attribute, late):
     assert fail_at_every_call(adapted, act, owner, attribute, late) >= 2
+
+
+def test_merge_fails_at_each_step():
+    assert fail_at_every_step(lambda: adapted(small), peftlib.merge, 0, 2) >= 50
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -208,10 +232,6 @@ LOADING = {
     "constructor": (LoRA, "__init__", 3),
     "constructor of another kind": (Full, "__init__", 2),
     "fill": (peftlib.Adapter, "load_state_dict", 5),
-    "check": (_rebuild, "_checked", 10),
-    "fingerprint": (_io, "fingerprint", 5),
-    "put": (_model, "put", 5),
-    "adopt": (_model, "adopt", 5),
 }
 
 
@@ -222,10 +242,18 @@ def test_load_fails_at_each_host(make, owner, attribute, calls, late, saved):
     assert fail_at_every_call(make, lambda m: peftlib.load(m, saved), owner, attribute, late) == calls
 
 
+@pytest.mark.parametrize(("part", "make"), [*enumerate([network, wrapped, adapted, halves])])
+def test_load_fails_at_each_step(part, make, saved):
+    """Each model meets another part of the steps; together, one in two."""
+    assert fail_at_every_step(make, lambda m: peftlib.load(m, saved), part, 8) >= 30
+
+
 def test_a_fault_really_strikes_and_a_change_is_really_seen():
     """The tests above could pass without testing: here are a fault and changes that must be noticed."""
     model = network()
-    with failing(_model, "put", 0), pytest.raises(Fault):
+    with failing(LoRA, "__init__", 0), pytest.raises(Fault):
+        put_in(model)
+    with Steps(steps_of(network, put_in)[-1]), pytest.raises(Fault, match="at the call of"):
         put_in(model)
     for change in (
         lambda m: m.head.weight.data[0, 0].add_(1e-6),
@@ -238,8 +266,11 @@ def test_a_fault_really_strikes_and_a_change_is_really_seen():
         lambda m: setattr(m.head.weight, "grad", torch.ones(3, 8)),
         lambda m: m.train(),
         lambda m: peftlib.inject(m, "head", LoRA),
+        lambda m: peftlib.activate(m),
+        lambda m: peftlib.merge(m),
     ):
         model = network()
+        peftlib.inject(model, "embedding", LoRA, name="there", freeze=False)
         before = snapshot(model)
         assert changes(before, model) == []
         change(model)
@@ -265,14 +296,11 @@ def all_merged() -> Any:
 
 
 def values(model: Any) -> dict[str, Any]:
-    """Weights, the copies kept for them, and what is merged; a copy may be another object than it was."""
-    kept = {
-        f"{name}.{leaf}": bits(copy)
-        for name, module in model.named_modules()
-        for leaf, copy in vars(module).get("_peftlib_backup", {}).items()
-    }
-    selection = next(s for module in model.modules() if (s := getattr(module, "selection", None)))
-    return {"kept": kept, "weights": base_bits(model), "merged": selection.merged, "active": selection.active}
+    """Weights, what unmerge would make of them, and what is merged; a kept copy may be another object than it was."""
+    unmerged = copy.deepcopy(model)
+    if any(row.state == "merged" for row in peftlib.summary(model).rows):
+        peftlib.unmerge(unmerged)
+    return {"kept": base_bits(unmerged), "weights": base_bits(model), "rows": peftlib.summary(model).rows}
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
@@ -280,8 +308,7 @@ def values(model: Any) -> dict[str, Any]:
 def test_unmerge_fails_at_each_weight_and_stays_merged(attribute, late):
     original, at = base_bits(adapted_once()), 0
     while True:
-        model = adapted_once()
-        peftlib.merge(model)
+        model = merged_once()
         before = values(model)
         with failing(torch.Tensor, attribute, at, late) as struck, contextlib.suppress(Fault):
             peftlib.unmerge(model)
@@ -291,12 +318,7 @@ def test_unmerge_fails_at_each_weight_and_stays_merged(attribute, late):
         peftlib.unmerge(model)
         assert base_bits(model) == original
         at += 1
-    assert at >= 9
-
-
-def adapted_once() -> Any:
-    torch.manual_seed(0)
-    return adapted()
+    assert at >= 5
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
@@ -343,10 +365,6 @@ class Allocator(TorchDispatchMode):
 
 def put_in_all_kinds(model: Any) -> None:
     peftlib.inject(model, ["q_proj", "head"], LoRA, rank=3, init="pissa", name="new")
-
-
-def small() -> Any:
-    return network(layers=1)
 
 
 def small_adapted() -> Any:

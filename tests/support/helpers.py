@@ -1,8 +1,5 @@
-"""What the tests share: small models, a snapshot of all that a model is, and faults that strike at the k-th call."""
+"""What the tests share: small models, and a snapshot of all that a model is."""
 
-import contextlib
-import itertools
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -117,7 +114,7 @@ def _frozen(value: Any) -> Any:
         readable = type(value) in (Tensor, nn.Parameter) and not value.is_meta
         grad = None if not readable or value.grad is None else bits(value.grad)
         return Same(value), value.requires_grad, bits(value) if readable else None, grad
-    if type(value).__name__ == "Selection":
+    if hasattr(value, "active") and hasattr(value, "merged"):  # what all hosts of a model share
         return value.active, value.merged, tuple(value.count.items())
     if isinstance(value, dict):
         return "dict", Same(value), tuple((key, _frozen(item)) for key, item in value.items())
@@ -146,48 +143,3 @@ def changes(before: dict[str, Any], model: nn.Module) -> list[str]:
 
 def base_bits(model: nn.Module) -> dict[str, bytes]:
     return {key: bits(tensor) for key, tensor in model.state_dict().items() if ".adapters." not in f".{key}"}
-
-
-class Fault(Exception):
-    """What an injected failure raises: nothing in peftlib catches it on purpose."""
-
-
-@contextlib.contextmanager
-def failing(owner: Any, attribute: str, at: int, late: bool = False) -> Iterator[list[bool]]:
-    """Makes the call number `at` of `owner.attribute` raise, once; before it does anything, or after it has."""
-    real, calls, struck = getattr(owner, attribute), itertools.count(), []
-    was_own = attribute in vars(owner)
-
-    def stand_in(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) != at:
-            return real(*args, **kwargs)
-        struck.append(True)
-        if late:
-            real(*args, **kwargs)
-        raise Fault(f"{attribute}, call {at}")
-
-    setattr(owner, attribute, stand_in)
-    try:
-        yield struck
-    finally:
-        if was_own:
-            setattr(owner, attribute, real)
-        else:
-            delattr(owner, attribute)
-
-
-def fail_at_every_call(
-    make: Callable[[], Any], act: Callable[[Any], Any], owner: Any, attribute: str, late: bool = False
-) -> int:
-    """Lets `act` fail at its first call of `owner.attribute`, at its second, and so on: each time the model must be as
-    it was, and `act` must succeed afterwards. Returns how many calls there are."""
-    for at in itertools.count():
-        model = make()
-        before = snapshot(model)
-        with failing(owner, attribute, at, late) as struck, contextlib.suppress(Fault):
-            act(model)
-        if not struck:
-            return at
-        assert changes(before, model) == [], f"after a failure at call {at} of {attribute}"
-        act(model)
-    raise AssertionError
