@@ -1,8 +1,6 @@
 """Every example that a reader can see runs: README, the pages of docs/, and the docstrings of public names."""
 
-import ast
 import doctest
-import re
 import textwrap
 from pathlib import Path
 from types import ModuleType
@@ -11,41 +9,16 @@ import pytest
 import torch
 
 import peftlib
-from peftlib._core.adapter import KINDS
+from support.pages import blocks, public_objects
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^```(python|pycon)[ ]*(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture(autouse=True)
 def clean_slate(tmp_path, monkeypatch):
-    """An example may define a kind, and another one of the same name; each also has a folder for its files."""
+    """Each example has a folder for its files."""
     monkeypatch.chdir(tmp_path)
-    before = dict(KINDS)
-    yield
-    KINDS.clear()
-    KINDS.update(before)
-
-
-def blocks(page: Path, label: str = "") -> list[tuple[str, int, str]]:
-    """Each block of the page with this label after its language: the language, its first line, its text."""
-    text = page.read_text()
-    return [(m[1], text.count("\n", 0, m.start(3)), m[3]) for m in BLOCK.finditer(text) if m[2] == label]
-
-
-def public_objects(module: ModuleType = peftlib) -> dict[str, object]:
-    """Qualified name -> object, of what a package exports: `from ._file import name as name`, modules included."""
-    found: dict[str, object] = {}
-    tree = ast.parse(Path(str(module.__file__)).read_text())
-    exported = [
-        alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names if alias.asname
-    ]
-    for name in exported:
-        found[f"{module.__name__}.{name}"] = thing = getattr(module, name)
-        if isinstance(thing, ModuleType):
-            found |= public_objects(thing)
-    return found
 
 
 def run_examples(name: str, examples: list[doctest.DocTest]) -> None:
@@ -61,7 +34,7 @@ def run_examples(name: str, examples: list[doctest.DocTest]) -> None:
 )  # Lightning's own
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_of_a_page_runs(page):
-    namespace: dict[str, object] = {"__name__": page.stem}
+    namespace: dict[str, object] = {"__name__": "__main__"}  # a kind of one page may be defined anew on another
     for language, line, source in blocks(page):
         if language == "pycon":
             run_examples(
@@ -86,5 +59,5 @@ def test_the_example_of_a_docstring_runs(name):
     # A module's members are public objects themselves: recursing would run them twice.
     finder = doctest.DocTestFinder(exclude_empty=True, recurse=not isinstance(thing, ModuleType))
     # What a reader takes as given: torch, this package, and the name whose docstring it is.
-    given = {"torch": torch, "peftlib": peftlib, name.rpartition(".")[2]: thing}
+    given = {"__name__": "__main__", "torch": torch, "peftlib": peftlib, name.rpartition(".")[2]: thing}
     run_examples(name, finder.find(thing, name, globs=given))

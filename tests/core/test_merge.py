@@ -6,6 +6,7 @@ import gc
 import itertools
 import pickle
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 import peftlib
 from peftlib import AdapterError, Full, LoRA
-from peftlib._core.merged_weights import Folded
 from support.helpers import (
     Gain,
     Offset,
@@ -226,14 +226,20 @@ def test_merging_keeps_the_parameter_objects():
     assert all(p is before[name] for name, p in model.named_parameters())
 
 
+def kept(model: nn.Module) -> list[Tensor]:
+    """The copies beside the model's own tensors, wherever a module has them."""
+    own = ("_parameters", "_buffers")
+    slots = [slot for module in model.modules() for key, slot in vars(module).items() if key not in own]
+    return [item for slot in slots if isinstance(slot, dict) for item in slot.values() if isinstance(item, Tensor)]
+
+
 def test_backup_on_the_cpu_is_a_copy_and_another_word_is_a_value_error():
     model = several()
     with pytest.raises(ValueError, match='backup=\'disk\': expected "device" or "cpu"'):
         peftlib.merge(model, backup="disk")
     peftlib.merge(model, backup="cpu")
-    kept = [t for m in model.modules() for t in vars(m).get("_peftlib_backup", {}).values()]
-    assert kept
-    assert not {t.data_ptr() for t in kept} & {p.data_ptr() for p in model.parameters()}
+    assert kept(model)
+    assert not {t.data_ptr() for t in kept(model)} & {p.data_ptr() for p in model.parameters()}
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
@@ -289,7 +295,7 @@ def test_eject_of_a_merged_model_makes_the_merge_final():
     merged = base_bits(model)
     peftlib.eject(model, merge=True)
     assert base_bits(model) == merged
-    assert not any("_peftlib_backup" in vars(module) for module in model.modules())
+    assert kept(model) == []
 
 
 def test_eject_of_one_name_with_merge_keeps_the_other_live():
@@ -482,19 +488,27 @@ def test_a_stream_of_a_root_host_and_of_a_host_under_two_names():
     assert not torch.equal(streamed["0.weight"], twice[0].weight)
 
 
-def test_a_stream_holds_one_tensor_at_a_time(monkeypatch):
+class Watched(LoRA):
+    """Notes each weight that it folds."""
+
+    def fold(self, host: Any) -> dict[str, Tensor]:
+        found = super().fold(host)
+        self.note(found["weight"])
+        return found
+
+
+def watched(note: Callable[[Tensor], object]) -> Any:
+    model = linears(12).bfloat16()
+    peftlib.inject(model, nn.Linear, Watched)
+    for _, _, adapter in peftlib.adapters(model):
+        adapter.__dict__["note"] = note
+    return moved(model)
+
+
+def test_a_stream_holds_one_tensor_at_a_time():
     """Counted: of all tensors that folding made, how many are alive when the next one is asked for."""
     made: list[weakref.ref[Tensor]] = []
-    init = Folded.__init__
-
-    def counted(self: Any, name: str, owner: Any, leaf: str, value: Tensor) -> None:
-        made.append(weakref.ref(value))
-        init(self, name, owner, leaf, value)
-
-    monkeypatch.setattr(Folded, "__init__", counted)
-    model = linears(12).bfloat16()
-    peftlib.inject(model, nn.Linear, LoRA)
-    moved(model)
+    model = watched(lambda weight: made.append(weakref.ref(weight)))
     gc.disable()
     try:
         peak = 0
@@ -507,24 +521,20 @@ def test_a_stream_holds_one_tensor_at_a_time(monkeypatch):
     assert peak <= 1, f"{peak} folded weights alive at once"
 
 
-def test_a_stream_lets_go_of_what_it_gave(monkeypatch):
+def test_a_stream_lets_go_of_what_it_gave():
     given: list[weakref.ref[Tensor]] = []
-    model = linears(12).bfloat16()
-    peftlib.inject(model, nn.Linear, LoRA)
-    rounded = Folded.rounded
-    monkeypatch.setattr(Folded, "rounded", lambda self: given.append(weakref.ref(t := rounded(self))) or t)
-    for key, tensor in peftlib.merged_state_dict(moved(model)):
+    for key, tensor in peftlib.merged_state_dict(watched(lambda weight: None)):
+        if key.endswith("weight"):
+            given.append(weakref.ref(tensor))
         del key, tensor
         assert sum(ref() is not None for ref in given) <= 1
     assert len(given) == 12
 
 
-def test_a_stream_keeps_no_graph_for_a_backward_that_never_comes(monkeypatch):
+def test_a_stream_keeps_no_graph_for_a_backward_that_never_comes():
     folded: list[Tensor] = []
-    rounded = Folded.rounded
-    monkeypatch.setattr(Folded, "rounded", lambda self: folded.append(self.value) or rounded(self))
-    list(peftlib.merged_state_dict(several()))
-    assert folded
+    list(peftlib.merged_state_dict(watched(folded.append)))
+    assert len(folded) == 12
     assert all(value.grad_fn is None for value in folded)
 
 

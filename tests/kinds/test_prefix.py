@@ -13,12 +13,12 @@ import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import peftlib
 from peftlib import AdapterError, Prefix
-from peftlib.kinds.prefix._flex import blocks_in_front
 from support.dense_attention import Own, as_heads, by_hand, dense, flash_by_hand, flex_uncompiled, use
 from support.zoo import BY_NAME, ZOO, GroupedQueryAttention
 
@@ -229,6 +229,15 @@ def test_flex_attention_equals_the_reference(how, size, gate, backward_on_cpu):
     assert_equal(model(x), [*trained(model), x], model.join(y), [*leaves(own), x])
 
 
+class BlocksSeen(TorchFunctionMode):
+    """Around a call: the block mask that flex_attention gets in the end."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "flex_attention":
+            self.flat = args[4]
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("length", [1, 16, 20])
 @pytest.mark.parametrize("size", [48, 70])
 def test_the_blocks_are_those_that_torch_would_make_of_the_longer_mask(size, length):
@@ -239,9 +248,12 @@ def test_the_blocks_are_those_that_torch_would_make_of_the_longer_mask(size, len
         return (j < length) | ((j >= edge) & (i >= j - edge))
 
     given = create_block_mask(lambda b, h, i, j: i >= j, 2, None, size, size, device="cpu", BLOCK_SIZE=16)
-    moved, padding = blocks_in_front(length, given)
+    model = FlexAttention("all", lambda *qkv, **named: flex_attention(*qkv, **{**named, "block_mask": given}))
+    put(model, FlexAttention, length=length)
+    with BlocksSeen() as seen, torch.no_grad():
+        model(torch.randn(2, size, 16))
+    moved = BlockMask(seen.flat[:2], *seen.flat[2:10], seen.flat[-3:-1], seen.flat[-1])
     made = create_block_mask(longer, 2, None, size, edge + size, device="cpu", BLOCK_SIZE=16)
-    assert padding == edge - length
     assert moved.shape == made.shape
     assert torch.equal(moved.to_dense(), made.to_dense())
     rows = made.full_kv_num_blocks.numel()

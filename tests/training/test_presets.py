@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_examples import blocks
 from torch import Tensor
 
 import peftlib
 from support.helpers import changes, moved, snapshot
+from support.pages import blocks
 
 PAGE = Path(__file__).parents[2] / "docs" / "presets.md"
 ROW = re.compile(r"^\| (?!method|-)(.+?) \| (`.+?`) \|(.*)\|$", re.MULTILINE)
