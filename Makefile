@@ -14,7 +14,7 @@ help:
 	@echo 'make matrix     docs/matrix.md: every kind with every library, from the tests; half an hour'
 	@echo '                TESTS=... writes the sections of those tests alone'
 	@echo 'make coverage   the suite, and the lines and branches that it misses; fails under 97 %'
-	@echo 'make mutate     lies in the sources, one by one, that no test notices; most of an hour'
+	@echo 'make mutate     mutants of the sources, one by one, that no test notices; most of an hour'
 	@echo 'make lint       ruff, pyright, pydoclint'
 	@echo 'make bench      speed and memory beside other libraries; needs a quiet machine'
 	@echo 'make tables     accuracy and forgetting of each kind and method; an hour or two, and it resumes'
@@ -41,7 +41,7 @@ coverage: .venv/.with-test .venv/.with-docs
 	$(BIN)/python tests/tools/covered.py .coverage.json
 
 mutate: .venv/.with-test
-	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tools.mutate \
+	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tools.mutate --complete \
 	  peftlib/_merge.py peftlib/_io.py peftlib/_host.py peftlib/lora.py kernels/lora.py kernels/lora_dense.py
 
 lint: .venv/.with-lint .venv/.with-test .venv/.with-demo .venv/.with-docs

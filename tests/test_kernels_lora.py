@@ -25,6 +25,8 @@ from peftlib.kernels import aten, join_pairs, lora_add, lora_dense, lora_embeddi
 from peftlib.kernels import lora as paths
 from peftlib.kernels.dropout import KeepMask, draw_seed, draw_small
 
+pytestmark = pytest.mark.mutants
+
 SCALE = 1.5
 ROUNDINGS = 8
 ALL = ("x", "weight", "bias", "lora_A", "lora_B")

@@ -12,6 +12,8 @@ import peftlib
 from peftlib import LoRA
 from support.helpers import chain, moved
 
+pytestmark = pytest.mark.mutants
+
 FUSED = ("DenseLoRABackward", "LoRALinearBackward")
 X = torch.randn(1024, 256, generator=torch.Generator().manual_seed(0))
 

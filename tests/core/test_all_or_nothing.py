@@ -25,6 +25,8 @@ from support.helpers import (
     tokens,
 )
 
+pytestmark = pytest.mark.mutants
+
 
 def encoder() -> Any:
     """A model whose parents have a fast path, so that they become hosts without an adapter."""

@@ -13,6 +13,8 @@ import peftlib
 from peftlib import AdapterError, Full, LoRA
 from support.helpers import Gain, bits, changes, linears, modules, moved, network, same_bits, snapshot, tokens
 
+pytestmark = pytest.mark.mutants
+
 
 def two(**sizes: Any) -> Any:
     """A model with adapters a and b that differ; both are active."""

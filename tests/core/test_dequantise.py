@@ -58,6 +58,7 @@ def test_a_weight_is_the_value_that_the_library_packed(base, training, kind):
         assert torch.equal(model[at].bias, bias)
 
 
+@pytest.mark.mutants
 @each_base
 def test_the_adapter_is_folded_in_float32(base):
     model = adapted(base, rank=4, alpha=8)
@@ -74,6 +75,7 @@ def test_the_adapter_is_folded_in_float32(base):
         assert (model[at].weight - values).abs().max() <= 8 * EPSILON * values.abs().max()
 
 
+@pytest.mark.mutants
 @each_base
 def test_nothing_of_the_library_is_left_on_the_layer(base):
     model = adapted(base)
@@ -177,6 +179,7 @@ def test_every_width_is_read_whole(inputs, outputs, bias):
     assert (model[0].bias is not None) is bias
 
 
+@pytest.mark.mutants
 def test_hooks_mode_and_flags_of_the_user_stay():
     calls: list[object] = []
     model = BASES[0].of(chain())
@@ -295,6 +298,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.mutants
 @pytest.mark.parametrize(("make", "act", "message"), REFUSALS.values(), ids=REFUSALS)
 def test_a_refusal_says_why_and_leaves_the_model_as_it_was(make, act, message):
     model = make()

@@ -31,6 +31,8 @@ from support.helpers import (
     tokens,
 )
 
+pytestmark = pytest.mark.mutants
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

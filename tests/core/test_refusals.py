@@ -22,6 +22,8 @@ import peftlib
 from peftlib import AdapterError, DoRA, Full, LoRA
 from support.helpers import Gain, Offset, chain, changes, linears, modules, moved, network, snapshot
 
+pytestmark = pytest.mark.mutants
+
 
 class Refusal(NamedTuple):
     """What is there, what is done to it, and what the refusal says."""

@@ -30,6 +30,8 @@ from support.helpers import (
     tokens,
 )
 
+pytestmark = pytest.mark.mutants
+
 X = torch.arange(8.0).view(2, 4) / 8
 
 # ---- a forward of somebody else's

@@ -10,6 +10,8 @@ import peftlib
 from peftlib import AdapterError, Full, LoRA
 from support.helpers import Gain, chain, changes, linears, network, snapshot
 
+pytestmark = pytest.mark.mutants
+
 EVERY_Q = ["layers.0.q_proj", "layers.1.q_proj", "layers.2.q_proj"]
 EVERY_V = ["layers.0.v_proj", "layers.1.v_proj", "layers.2.v_proj"]
 NORMS = ["layers.0.norm", "layers.1.norm", "layers.2.norm"]

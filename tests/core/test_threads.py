@@ -16,6 +16,8 @@ import peftlib
 from peftlib import IA3, Bottleneck, DoRA, Full, LoRA
 from support.helpers import Gain, Offset, moved, network, same_bits, tokens
 
+pytestmark = pytest.mark.mutants
+
 THREADS = 8
 
 # A name of each sort: with a weight form and without, shadowing weights and not, and a mixture.

@@ -10,6 +10,8 @@ import peftlib
 from peftlib import Full, LoRA
 from support.helpers import Gain, Offset, chain, changes, linears, moved, network, snapshot, tokens
 
+pytestmark = pytest.mark.mutants
+
 
 class Detached(nn.Module):
     """Its first linear runs but teaches nothing, its third never runs."""

@@ -451,6 +451,7 @@ def test_files_of_hf_peft_load_onto_a_quantised_base(base, tmp_path):
 # What a kind cannot do
 
 
+@pytest.mark.mutants
 @each_base
 @pytest.mark.parametrize("act", [peftlib.inject, peftlib.plan])
 @pytest.mark.parametrize(

@@ -212,6 +212,7 @@ def test_a_grad_scaler_skips_an_overflow_and_trains_on(column):
 # Functions over parameters
 
 
+@pytest.mark.mutants
 @feature("non-reentrant checkpointing")
 @every_kind
 def test_checkpointed_layers_give_the_same_gradients_to_the_bit(column):
@@ -228,6 +229,7 @@ def _recomputing(forward: Any) -> Any:
     return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
+@pytest.mark.mutants
 @feature("torch.func.functional_call")
 @every_kind
 def test_functional_call_takes_other_adapters(column):
@@ -244,6 +246,7 @@ def _several(column: Column, count: int = 3) -> tuple[nn.Module, list[dict[str, 
     return network(column), adapters, stacked
 
 
+@pytest.mark.mutants
 @feature("vmap over adapters")
 @every_kind
 def test_vmap_runs_several_adapters_on_one_batch(column):
@@ -255,6 +258,7 @@ def test_vmap_runs_several_adapters_on_one_batch(column):
     assert close(found, expected)
 
 
+@pytest.mark.mutants
 @feature("vmap of gradients over adapters")
 @every_kind
 def test_vmap_of_grad_is_the_gradient_of_each_adapter(column):
@@ -371,6 +375,7 @@ def _add_extra(module: Any, state: dict[str, Tensor], prefix: str, _: Any) -> No
     state[prefix + "extra"] = state[prefix + "norm1.bias"]
 
 
+@pytest.mark.mutants
 @feature("state-dict hooks of the model")
 @every_kind
 def test_state_dict_hooks_run_as_before(column):
@@ -406,6 +411,7 @@ def read_from_base_file(model: nn.Module, tmp_path: Path, way: str) -> Any:
     return model.load_state_dict(another_base(), strict=True, assign=way == "assign")
 
 
+@pytest.mark.mutants
 @feature("load_state_dict(strict=True) of a checkpoint of the base, and safetensors' load_model")
 @every_kind
 @pytest.mark.parametrize("way", ["copy", "assign", "safetensors"])
@@ -422,6 +428,7 @@ def test_a_checkpoint_of_the_base_loads_and_leaves_the_adapters(column, way, tmp
     assert all(p.requires_grad for p in peftlib.parameters(model))
 
 
+@pytest.mark.mutants
 @feature("load_state_dict(strict=True) of a checkpoint with adapters, and safetensors' save_model")
 @every_kind
 def test_a_whole_checkpoint_comes_back_whole(column, tmp_path):
@@ -438,6 +445,7 @@ def test_a_whole_checkpoint_comes_back_whole(column, tmp_path):
         assert torch.equal(other(tokens()), model(tokens()))
 
 
+@pytest.mark.mutants
 @every_kind
 def test_a_checkpoint_with_a_part_of_the_adapters_is_refused(column):
     """Whichever part: that of the first host, of the last, or one tensor."""
@@ -455,6 +463,7 @@ def test_a_checkpoint_with_a_part_of_the_adapters_is_refused(column):
         assert sorted(model.load_state_dict(part, strict=False).missing_keys) == sorted(absent)
 
 
+@pytest.mark.mutants
 @every_kind
 def test_a_checkpoint_of_one_adapter_is_not_one_of_two(column):
     model = network(column, name="first")
@@ -464,6 +473,7 @@ def test_a_checkpoint_of_one_adapter_is_not_one_of_two(column):
         model.load_state_dict(state)
 
 
+@pytest.mark.mutants
 def test_a_load_after_another_begins_anew():
     model = network(COLUMNS[0])
     whole = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -474,6 +484,7 @@ def test_a_load_after_another_begins_anew():
         model.load_state_dict({key: tensor for key, tensor in another_base().items() if key != "head.weight"})
 
 
+@pytest.mark.mutants
 @pytest.mark.parametrize("column", [c for c in COLUMNS if c.folds], ids=lambda c: c.name)
 def test_a_merged_model_refuses_a_checkpoint(column):
     """Unmerging would put the weights from before the merge over those that were loaded."""
@@ -488,6 +499,7 @@ def test_a_merged_model_refuses_a_checkpoint(column):
     model.load_state_dict(state)
 
 
+@pytest.mark.mutants
 def test_forward_mode_differentiates_through_adapters():
     """Only torch's own deprecated use of its own scripting is passed over."""
     model = network(COLUMNS[0], torch.float64)

@@ -296,6 +296,7 @@ UNSOUND = {
 }
 
 
+@pytest.mark.mutants
 @pytest.mark.parametrize(("spoil", "message"), UNSOUND.values(), ids=list(UNSOUND))
 def test_what_could_not_be_loaded_again_does_not_replace_what_can(spoil, message, path):
     peftlib.save(model_of(1), path)

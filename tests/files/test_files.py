@@ -29,6 +29,8 @@ from support.helpers import (
     tokens,
 )
 
+pytestmark = pytest.mark.mutants
+
 
 @pytest.fixture
 def path(tmp_path):

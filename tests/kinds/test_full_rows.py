@@ -11,6 +11,8 @@ import peftlib
 from peftlib import AdapterError, Full
 from support import helpers
 
+pytestmark = pytest.mark.mutants
+
 ROWS = [4, 0, 7]
 
 

@@ -36,37 +36,12 @@ from tools.mutations import Mutation, mutations
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
-FILES = [
-    *(
-        "kernels_lora",
-        "kernels_dropped",
-        "lora_paths",
-        "merge",
-        "choose",
-        "surgery",
-        "refusals",
-        "files",
-        "fingerprint",
-        "crash",
-    ),
-    *("targets", "full_rows", "verify", "threads", "evil_files", "ecosystem_torch", "dequantise"),
-    *("ecosystem_quantised", "all_or_nothing", "laws"),
-]
 PYTEST = [
     *("-p", "no:cacheprovider", "--capture=no", "-qq", "--no-header", "--no-summary", "-m", "not slow"),
     *("-W", "ignore:Module already imported"),  # the heavy libraries, once for all children
 ]
-# Of these files only the tests that say something of adapters themselves, and soon. The table of laws is kinds by
-# hosts by dtypes: of it the rows of LoRA.
+# The table of laws is kinds by hosts by dtypes: of it the rows of LoRA that say something of adapters themselves.
 LAWS = r"dense_float64_reference\[lora.*(fp32|bf16)|test_reset|test_dropout|under_autocast\[|refuses_a_host.*lora"
-PARTS = {
-    "test_laws": LAWS,
-    "test_evil_files": r"forged_file|lie_in_the_file",
-    "test_ecosystem_torch": r"checkpoint|hooks_run|load_after|forward_mode|functional_call|vmap",
-    "test_crash": r"could_not_be_loaded",
-    "test_dequantise": r"refusal|hooks_mode_and_flags|nothing_of_the_library|is_folded",
-    "test_ecosystem_quantised": r"refuses_in_words",
-}
 # After so many seconds a child waits for what never comes; an endless loop ends sooner, by its use of the processor.
 PATIENCE = 900
 SURVIVED, FAILED, BROKEN = 0, 1, 3
@@ -147,8 +122,17 @@ def _run(item: pytest.Item, following: pytest.Item | None) -> None:
     item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
 
 
-def _is_chosen(test: str) -> bool:
-    return all(re.search(pattern, test) for name, pattern in PARTS.items() if name in test)
+def _is_chosen(item: pytest.Item) -> bool:
+    return item.get_closest_marker("mutants") is not None or (
+        item.path.name == "test_laws.py" and re.search(LAWS, item.nodeid) is not None
+    )
+
+
+def _files() -> Iterator[str]:
+    """Those with a test to choose: to collect all would import every library that some test needs."""
+    for path in sorted(TESTS.rglob("test_*.py")):
+        if path.name == "test_laws.py" or "pytest.mark.mutants" in path.read_text():
+            yield str(path)
 
 
 class Collected:
@@ -160,7 +144,7 @@ class Collected:
         self.answer: Any = True  # where a mutation cannot be imported, nothing is collected: it fails
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = [item for item in items if _is_chosen(item.nodeid)]
+        items[:] = [item for item in items if _is_chosen(item)]
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         try:
@@ -173,7 +157,7 @@ class Collected:
 def with_tests(work: Callable[[list[pytest.Item]], object]) -> Any:
     """What `work` gives for the collected tests."""
     plugin = Collected(work)
-    pytest.main([*PYTEST, *(str(path) for name in FILES for path in TESTS.rglob(f"test_{name}.py"))], plugins=[plugin])
+    pytest.main([*PYTEST, *_files()], plugins=[plugin])
     if plugin.error is not None:
         raise plugin.error
     return plugin.answer
@@ -289,12 +273,13 @@ def noted(work: Callable[[list[pytest.Item]], Any], path: Path) -> Any:
     return pickle.loads(path.read_bytes())
 
 
-def run(sources: list[Path], only: str, jobs: int, most: float, reach_path: Path) -> bool:
+def run(sources: list[Path], only: str, jobs: int, most: float, reach_path: Path, complete: bool) -> bool:
     """Prints what survives, by source; says whether anything does, or an explanation has lost its mutation."""
     known = pickle.loads(reach_path.read_bytes()) if reach_path.exists() else Reach()
     reach = dataclasses.replace(noted(lambda items: with_new_tests(known, items, sources), reach_path), most=most)
     found = [each for source in sources for each in mutations(source) if only in each.what]
-    tried = [*map(unchanged, sources), *(each for each in found if each.what not in explained(each.source))]
+    reasons = explained()
+    tried = [*map(unchanged, sources), *(each for each in found if each.what not in reasons)]
     numbers = range(len(tried))
     inside = [number for number in numbers if number < len(sources) or is_exchangeable(tried[number])]
 
@@ -311,8 +296,10 @@ def run(sources: list[Path], only: str, jobs: int, most: float, reach_path: Path
     if not set(range(len(sources))) <= set(alive):
         raise RuntimeError("the tests fail in another order without any mutation: see `make test`")
     living = [tried[number] for number in sorted(alive)[len(sources) :]]
-    reports = [report(source, found, living, stale=not only) for source in sources]
-    return any(reports)
+    reports = [report(source, found, living, reasons) for source in sources]
+    gone = sorted(reasons.keys() - {each.what for each in found}) if complete else []
+    print(*(f"EXPLAINS WHAT IS NO MUTATION OF ANY SOURCE {what}" for what in gone), sep="\n")
+    return any(reports) or bool(gone)
 
 
 def tell(alive: Iterator[int], tried: list[Mutation]) -> Iterator[int]:
@@ -322,27 +309,32 @@ def tell(alive: Iterator[int], tried: list[Mutation]) -> Iterator[int]:
         yield number
 
 
-def explained(source: Path) -> dict[str, str]:
-    return tomllib.loads(Path(__file__).with_name("mutations.toml").read_text()).get(str(source.relative_to(ROOT)), {})
+def explained() -> dict[str, str]:
+    """Function and mutated code -> why no test can notice it, in whatever file the function is."""
+    by_function = tomllib.loads(Path(__file__).with_name("mutations.toml").read_text())
+    return {f"{name}: {what}": why for name, reasons in by_function.items() for what, why in reasons.items()}
 
 
-def report(source: Path, found: list[Mutation], living: list[Mutation], stale: bool) -> bool:
-    name, reasons = source.relative_to(ROOT), explained(source)
+def report(source: Path, found: list[Mutation], living: list[Mutation], reasons: dict[str, str]) -> bool:
+    name = source.relative_to(ROOT)
     all_of_it = [each.what for each in found if each.source == source]
     survive = [each.what for each in living if each.source == source]
-    gone = sorted(set(reasons) - set(all_of_it)) if stale else []
     known = sum(what in reasons for what in all_of_it)
     killed = len(all_of_it) - known - len(survive)
     print(*(f"{name} SURVIVES {what}" for what in survive), sep="\n")
-    print(*(f"{name} EXPLAINS WHAT IS NO MUTATION OF IT {what}" for what in gone), sep="\n")
     print(f"{name}: {len(all_of_it)} mutations, {killed} killed, {known} explained, {len(survive)} survive", flush=True)
-    return bool(survive or gone)
+    return bool(survive)
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("sources", nargs="+", type=Path)
     arguments.add_argument("--only", default="", help="only the mutations whose description contains this")
+    arguments.add_argument(
+        "--complete",
+        action="store_true",
+        help="all sources are given: a reason without its mutant fails",
+    )
     arguments.add_argument("--jobs", type=int, default=2)
     arguments.add_argument("--most", type=float, default=math.inf, help="seconds of tests for a mutation")
     arguments.add_argument(
@@ -357,7 +349,8 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        sys.exit(run(sources, chosen.only, chosen.jobs, chosen.most, chosen.reach or Path(folder) / "reach"))
+        reach = chosen.reach or Path(folder) / "reach"
+        sys.exit(run(sources, chosen.only, chosen.jobs, chosen.most, reach, chosen.complete))
 
 
 if __name__ == "__main__":

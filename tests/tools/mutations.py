@@ -39,7 +39,7 @@ _SHAPING = {"property", "classmethod", "staticmethod", "contextmanager"}
 
 @dataclass(frozen=True)
 class Mutation:
-    """One lie: where it stands, what it says, and the compiled module."""
+    """One mutant: where it stands, what it says, and the compiled module."""
 
     source: Path
     what: str

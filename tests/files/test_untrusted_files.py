@@ -1,7 +1,6 @@
-"""Files from strangers: whatever is wrong with one, load refuses it before it takes memory or touches the model."""
+"""Untrusted files: whatever is wrong with one, load refuses it before it takes memory or touches the model."""
 
 import copy
-import hashlib
 import json
 import os
 import random
@@ -23,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 import peftlib
 from peftlib import AdapterError, LoRA
+from support.forgery import DTYPES, Forgery
 from support.helpers import base_bits, bits, changes, linears, moved, network, snapshot
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 examples = settings(
     max_examples=150,
     deadline=None,
@@ -49,59 +48,6 @@ class Meter(TorchDispatchMode):
         return result
 
 
-class Forgery:
-    """A file in parts that a test may change one by one; its checksum is right unless the test takes care of it."""
-
-    def __init__(self, whole: bytes) -> None:
-        (length,) = struct.unpack("<Q", whole[:8])
-        entries = json.loads(whole[8 : 8 + length])
-        self.metadata: dict[str, Any] = entries.pop("__metadata__")
-        self.header: Any = json.loads(self.metadata["peftlib"])
-        self.entries: dict[str, Any] = entries
-        self.data = whole[8 + length :]
-        self.again = b""  # members of the outer JSON that are there once more
-        self.length: int | None = None
-        self.text: str | None = None
-        self.sum: str | None = None
-
-    def blob(self, key: str) -> bytes:
-        start, end = self.entries[key]["data_offsets"]
-        return self.data[start:end]
-
-    def put(self, key: str, dtype: str, shape: Any, blob: bytes) -> None:
-        """Writes the data anew, with this tensor in it."""
-        blobs = {other: self.blob(other) for other in self.entries} | {key: blob}
-        kept = {other: (one["dtype"], one["shape"]) for other, one in self.entries.items()} | {key: (dtype, shape)}
-        self.data, self.entries = b"", {}
-        for other, (its_dtype, its_shape) in kept.items():
-            end = len(self.data) + len(blobs[other])
-            self.entries[other] = {"dtype": its_dtype, "shape": its_shape, "data_offsets": [len(self.data), end]}
-            self.data += blobs[other]
-
-    def checksum(self, text: str) -> str:
-        digest = hashlib.sha256(text.encode())
-        for key, one in sorted(self.entries.items()):
-            digest.update(json.dumps([key, str(DTYPES.get(one["dtype"])), one["shape"]]).encode() + self.blob(key))
-        return digest.hexdigest()
-
-    def whole(self) -> bytes:
-        text = json.dumps(self.header) if self.text is None else self.text
-        metadata = {**self.metadata, "peftlib": text}
-        del metadata["peftlib.sha256"]
-        if self.sum != "none":
-            metadata["peftlib.sha256"] = self.sum or self.safe_checksum(text)
-        outer = json.dumps({"__metadata__": metadata, **self.entries}).encode()
-        outer = outer[:-1] + (b"," + self.again if self.again else b"") + b"}"
-        length = len(outer) if self.length is None else self.length
-        return struct.pack("<Q", length % 2**64) + outer + self.data
-
-    def safe_checksum(self, text: str) -> str:
-        try:
-            return self.checksum(text)
-        except (TypeError, ValueError, KeyError):  # offsets that no checksum can follow
-            return "0" * 64
-
-
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> bytes:
     path = tmp_path_factory.mktemp("sound") / "adapter.safetensors"
@@ -114,7 +60,7 @@ def sound(tmp_path_factory) -> bytes:
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-    return tmp_path / "evil.safetensors"
+    return tmp_path / "untrusted.safetensors"
 
 
 def load_refused(path: Path, make: Callable[[], Any] = lambda: network(layers=1)) -> str:
@@ -362,6 +308,7 @@ CORPUS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.mutants
 @pytest.mark.parametrize(("forge", "message"), CORPUS.values(), ids=[name[:40] for name in CORPUS])
 def test_a_forged_file_is_refused(forge, message, sound, path):
     forgery = Forgery(sound)
@@ -693,6 +640,7 @@ def test_a_header_that_lies_is_refused_or_harmless_at_length(lies, sound, path):
     lie(sound, lies, path)
 
 
+@pytest.mark.mutants
 def test_what_was_loaded_does_not_lie_in_the_file(sound, path):
     """Values that stayed in the mapped file would change with it, and end the process once the file is cut."""
     path.write_bytes(sound)
