@@ -3,11 +3,10 @@
 import contextlib
 import functools
 import json
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -20,31 +19,10 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import peftlib
 from peftlib import AdapterError, DoRA, Full, LoRA
-from support.helpers import Gain, Offset, chain, changes, linears, modules, moved, network, snapshot
+from support.helpers import Gain, Offset, chain, linears, modules, moved, network
+from support.refusals import Refusal, check, refused, refuses
 
 pytestmark = pytest.mark.mutants
-
-
-class Refusal(NamedTuple):
-    """What is there, what is done to it, and what the refusal says."""
-
-    make: Callable[[], Any]
-    act: Callable[[Any], Any]
-    message: str
-
-
-def refuses(table: dict[str, Refusal]) -> Any:
-    return pytest.mark.parametrize("refusal", table.values(), ids=table)
-
-
-def check(refusal: Refusal, model: Any) -> None:
-    before = snapshot(model)
-    with pytest.raises(AdapterError) as raised:
-        refusal.act(model)
-    message = str(raised.value)
-    assert re.fullmatch(refusal.message, message, re.DOTALL), message
-    assert changes(before, model) == []
-    assert message.endswith("."), "a message ends with what to do, a sentence"
 
 
 def inject(targets: Any, kind: Any = LoRA, **config: Any) -> Callable[[Any], Any]:
@@ -141,50 +119,47 @@ def sharded() -> nn.Module:
 
 
 HOSTS = {
-    "lazy": Refusal(lazy, inject(["0", "1"]), r"1: LazyLinear is lazy and has no shapes yet\. Run one batch .*first\."),
+    "lazy": Refusal(lazy, inject(["0", "1"]), ("1", "LazyLinear", "lazy")),
     "scripted": Refusal(
         scripted,
         inject(["0", "1"]),
-        r"1: RecursiveScriptModule is scripted, .* cannot change\. Adapt .*, then script it\.",
+        ("1", "RecursiveScriptModule", "scripted"),
     ),
-    "sharded": Refusal(
-        sharded, inject(["0", "1"]), r"1: its parameters are sharded already\. Inject first, then fully_shard\."
-    ),
+    "sharded": Refusal(sharded, inject(["0", "1"]), ("1", "fully_shard")),
     "an attribute `adapters` of its own": Refusal(
         lambda: chain(nn.Linear(2, 2), Crowded(2, 2)),
         inject(nn.Linear),
-        r"1: Crowded has an attribute `adapters` of its own, which peftlib needs\. Rename it\.",
+        ("1", "Crowded", "`adapters`"),
     ),
     "a submodule `adapters` of its own": Refusal(
         lambda: modules({"adapters": nn.Linear(2, 2)}),
         inject(nn.ModuleDict, Full),
-        r"the root: ModuleDict has an attribute `adapters` of its own, which peftlib needs\. Rename it\.",
+        ("the root", "ModuleDict", "`adapters`"),
     ),
     "no forward": Refusal(
         lambda: chain(nn.Linear(2, 2), Mute()),
         inject(["0", "1"]),
-        r"1: Mute has no forward and is never called\. Target the modules inside it\.",
+        ("1", "Mute", "forward"),
     ),
     "a class that cannot change": Refusal(
         lambda: chain(nn.Linear(2, 2), Final(2, 2)),
         inject(nn.Linear),
-        r"1: Final cannot change its class \(Final is final\)\. Wrap it in a plain nn\.Module and adapt that\.",
+        ("1", "Final", "Final is final"),
     ),
     "a root whose class cannot change": Refusal(
         lambda: Final(2, 2),
         inject(nn.Linear),
-        r"the root: Final cannot change its class \(Final is final\)\. Wrap it in a plain nn\.Module and adapt that\.",
+        ("the root", "Final", "Final is final"),
     ),
     "a child that fused kernels read": Refusal(
         lambda: chain(MambaMixer()),
         inject("x_proj"),
-        r"0\.x_proj: MambaMixer reads this child's weight .* without calling it, .*\. Exclude it and target in_proj\.",
+        ("0.x_proj", "MambaMixer", "in_proj"),
     ),
     "a child that its parent reads, with a kind that has no path into it": Refusal(
         lambda: chain(nn.MultiheadAttention(4, 2)),
         inject("out_proj", Gain),
-        r"cannot put HelperGain into 0\.out_proj: MultiheadAttention reads the weights of its child 'out_proj' without "
-        r"calling it, so HelperGain there would never run\. Target the MultiheadAttention itself\.",
+        ("0.out_proj", "HelperGain", "MultiheadAttention", "'out_proj'"),
     ),
 }
 
@@ -199,7 +174,7 @@ def test_parameters_that_are_really_sharded(tmp_path):
     try:
         model = chain(nn.Linear(4, 4))
         fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(AdapterError, match=r"0: its parameters are sharded already\. Inject first"):
+        with refused(None, "0", "fully_shard"):
             peftlib.inject(model, "0", LoRA)
         assert not any("Adapted" in str(type(module).__mro__) for module in model.modules())
     finally:
@@ -218,7 +193,7 @@ CONFIGS = {
         f"rank={rank!r}": Refusal(
             linears,
             inject(["0", "1"], rank=rank),
-            rf"cannot put LoRA into 0: rank={re.escape(repr(rank))}: the rank is a whole number .*\. Pass rank=8.*\.",
+            ("0", "LoRA", f"rank={rank!r}"),
         )
         for rank in (0, -1, 2.0, True, "8", None)
     },
@@ -226,7 +201,7 @@ CONFIGS = {
         f"alpha={alpha!r}": Refusal(
             linears,
             inject("0", alpha=alpha),
-            rf"cannot put LoRA into 0: alpha={re.escape(repr(alpha))}: alpha is a positive number\. Pass alpha=16.*\.",
+            ("0", "LoRA", f"alpha={alpha!r}"),
         )
         for alpha in (0, -1.0, float("nan"), float("inf"), "16", True, None)
     },
@@ -234,7 +209,7 @@ CONFIGS = {
         f"dropout={dropout!r}": Refusal(
             linears,
             inject("0", dropout=dropout),
-            rf"cannot put LoRA into 0: dropout={re.escape(repr(dropout))}: the probability is in \[0, 1\)\. Pass .*\.",
+            ("0", "LoRA", f"dropout={dropout!r}"),
         )
         for dropout in (1.0, -0.1, float("nan"), True, False, "0.1", None)
     },
@@ -242,8 +217,7 @@ CONFIGS = {
         f"init={init!r}": Refusal(
             linears,
             inject("0", init=init),
-            rf"cannot put LoRA into 0: init={re.escape(repr(init))} is none of 'kaiming', 'gaussian', 'orthogonal', "
-            r"'pissa'\. Pass one of them\.",
+            ("0", "LoRA", f"init={init!r}", "'kaiming'", "'gaussian'", "'orthogonal'", "'pissa'"),
         )
         for init in ("xavier", None, ["kaiming"])
     },
@@ -251,7 +225,7 @@ CONFIGS = {
         f"{kind.__name__}, dtype={dtype!r}": Refusal(
             linears,
             inject("0", kind, dtype=dtype),
-            rf"cannot put {kind.__name__} into 0: dtype: {re.escape(repr(dtype))} is no floating-point dtype\. Use.*\.",
+            ("0", kind.__name__, "dtype", repr(dtype)),
         )
         for kind in (LoRA, Full)
         for dtype in ("int8", "float33", "nn", torch.int32, 32)
@@ -259,110 +233,107 @@ CONFIGS = {
     "a rank beyond the singular vectors": Refusal(
         lambda: chain(nn.Linear(4, 4), nn.Linear(4, 2)),
         inject(nn.Linear, rank=3, init="pissa"),
-        r'cannot put LoRA into 1: rank=3: a \[2, 4\] matrix has 2 singular vectors\. Lower the rank, .* than "pissa"\.',
+        ("1", "LoRA", "rank=3", "[2, 4]", "2", '"pissa"'),
     ),
     "dropout on an embedding": Refusal(
         conv,
         inject(["0", "3"], dropout=0.1),
-        r"cannot put LoRA into 3: dropout=0\.1: Embedding\.weight has no input of its own .*\. Use dropout=0 here\.",
+        ("3", "LoRA", "dropout=0.1", "Embedding.weight", "dropout=0"),
     ),
     "dropout where only weights speak": Refusal(
         lambda: nn.MultiheadAttention(4, 2),
         inject(nn.MultiheadAttention, dropout=0.1),
-        r"cannot put LoRA into the root: dropout=0\.1: MultiheadAttention\.in_proj_weight has no input .*\. Use .*\.",
+        ("the root", "LoRA", "dropout=0.1", "MultiheadAttention.in_proj_weight"),
     ),
     "no weight at all": Refusal(
         conv,
         inject(["0", "1"]),
-        r"cannot put LoRA into 1: ReLU has no `weight` matrix \(its parameters: none\)\. Use Full for vectors, or .*\.",
+        ("1", "LoRA", "ReLU", "`weight`", "Full"),
     ),
     "only vectors": Refusal(
         conv,
         inject(nn.LayerNorm),
-        r"cannot put LoRA into 2: LayerNorm has no `weight` matrix \(its parameters: \{'weight': \(4,\), 'bias': "
-        r"\(4,\)\}\)\. Use Full for vectors, or target a module that has a matrix\.",
+        ("2", "LoRA", "LayerNorm", "`weight`", "{'weight': (4,), 'bias': (4,)}", "Full"),
     ),
     "a matrix of another name": Refusal(
         lambda: chain(Expert()),
         inject("0"),
-        r"cannot put LoRA into 0: Expert has no `weight` matrix \(its parameters: \{'up': \(2, 3\)\}\)\. Pass "
-        r"param='up'\.",
+        ("0", "LoRA", "Expert", "`weight`", "{'up': (2, 3)}", "param='up'"),
     ),
     "a param that is not there": Refusal(
         lambda: chain(Expert()),
         inject("0", param="down"),
-        r"cannot put LoRA into 0: Expert\.down is no tensor of it, and LoRA needs a matrix\. Its matrices: up\.",
+        ("0", "LoRA", "Expert.down", "up"),
     ),
     "a param deep in nowhere": Refusal(
         lambda: chain(Expert()),
         inject("0", param="a.b.down"),
-        r"cannot put LoRA into 0: Expert\.a\.b\.down is no tensor of it, and LoRA needs a matrix\. Its matrices: up\.",
+        ("0", "LoRA", "Expert.a.b.down", "up"),
     ),
     "a param of a module whose matrices are deeper": Refusal(
         lambda: chain(Around(Expert())),
         inject("0", param="down"),
-        r"cannot put LoRA into 0: Around\.down is no tensor of it, and LoRA needs a matrix\. Use Full for vectors, or "
-        r"target a module that has a matrix\.",
+        ("0", "LoRA", "Around.down", "Full"),
     ),
     "a param that is a vector": Refusal(
         conv,
         inject("4", param="bias"),
-        r"cannot put LoRA into 4: Linear\.bias is of shape \(4,\), and LoRA needs a matrix\. Its matrices: weight\.",
+        ("4", "LoRA", "Linear.bias", "(4,)", "weight"),
     ),
     "a param that is a vector, where all are": Refusal(
         conv,
         inject("2", param="bias"),
-        r"cannot put LoRA into 2: LayerNorm\.bias is of shape \(4,\), and LoRA needs a matrix\. Use Full.*\.",
+        ("2", "LoRA", "LayerNorm.bias", "(4,)", "Full"),
     ),
     "the second of two params": Refusal(
         lambda: chain(Expert()),
         inject("0", param=["up", "down"]),
-        r"cannot put LoRA into 0: Expert\.down is no tensor of it.*\.",
+        ("0", "LoRA", "Expert.down"),
     ),
     "a packed weight outside Linear": Refusal(
         lambda: chain(nn.Linear(4, 4), Packed()),
         inject(["0", "1"]),
-        r"cannot put LoRA into 1: Packed\.weight is torch\.int8, not floating point, and only .*\. Exclude.*\.",
+        ("1", "LoRA", "Packed.weight", "torch.int8"),
     ),
     "Full on a packed weight": Refusal(
         lambda: chain(nn.Linear(4, 4), Packed()),
         inject(["0", "1"], Full),
-        r"cannot put Full into 1: Packed\.weight is torch\.int8, which cannot train\. Leave it out of params\.",
+        ("1", "Full", "Packed.weight", "torch.int8", "params"),
     ),
     "Full on a complex weight": Refusal(
         lambda: chain(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64)),
         inject(["0", "1"], Full),
-        r"cannot put Full into 1: Linear\.weight is torch\.complex64, which cannot train\. Leave it out of params\.",
+        ("1", "Full", "Linear.weight", "torch.complex64", "params"),
     ),
     "DoRA on a complex weight": Refusal(
         lambda: chain(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.complex64)),
         inject(["0", "1"], DoRA),
-        r"cannot put DoRA into 1: Linear\.weight is torch\.complex64, and DoRA needs the norms of its rows\. .*\.",
+        ("1", "DoRA", "Linear.weight", "torch.complex64"),
     ),
     "Full on what is not there": Refusal(
         linears,
         inject("0", Full, params=["weight", "scale*"]),
-        r"cannot put Full into 0: params='scale\*' matches no weight of Linear \(it has weight, bias\)\. Name.*\.",
+        ("0", "Full", "params='scale*'", "Linear", "weight, bias"),
     ),
     "Full on nothing": Refusal(
         lambda: chain(nn.Linear(2, 2), nn.ReLU()),
         inject(["0", "1"], Full),
-        r"cannot put Full into 1: params='\*' matches no weight of ReLU \(it has none\)\. Name one of them\.",
+        ("1", "Full", "params='*'", "ReLU"),
     ),
     "Full on an out_proj, a weight that is not there": Refusal(
         lambda: chain(nn.MultiheadAttention(4, 2)),
         inject("out_proj", Full, params="gain"),
-        r"cannot put Full into 0: params='out_proj\.gain' matches no weight of MultiheadAttention \(it .*\)\. Name.*\.",
+        ("0", "Full", "params='out_proj.gain'", "MultiheadAttention"),
     ),
     "a configuration that JSON cannot hold": Refusal(
         linears,
         inject(["0", "1"], Gain, start=torch.tensor(1.0)),
-        r"cannot put HelperGain into 0: HelperGain: its configuration \{'start': tensor\(1\.\)\} cannot be saved .*\.",
+        ("0", "HelperGain", "{'start': tensor(1.)}"),
     ),
     "a configuration that is not finite": Refusal(
         linears,
         inject("0", Gain, start=float("inf")),
-        r"cannot put HelperGain into 0: HelperGain: its configuration \{'start': inf\} cannot be saved \(.*\)\. .*",
+        ("0", "HelperGain", "{'start': inf}"),
     ),
 }
 
@@ -377,7 +348,7 @@ NAMES = {
         f"name={name!r}": Refusal(
             linears,
             inject("0", name=name),
-            rf"name={re.escape(repr(name))}: a name is a string without '\.' and ':'\. Rename the adapter\.",
+            (f"name={name!r}", "'.'", "':'"),
         )
         for name in ("", "a.b", "a:2", None, 3)
     },
@@ -385,24 +356,24 @@ NAMES = {
         f"name={name!r}": Refusal(
             linears,
             inject("0", name=name),
-            rf"name='{name}': torch's ModuleDict has an attribute of that name\. Rename the adapter\.",
+            (f"name={name!r}", "ModuleDict"),
         )
         for name in ("keys", "pop", "forward", "type", "training", "selection", "_modules", "_parameters")
     },
     "a name that is taken there": Refusal(
         adapted(targets=["0", "1"]),
         inject("1"),
-        r'1: "default" has a LoRA with \'1\.lora_A\' already\. Eject it, or inject under another name\.',
+        ("1", '"default"', "LoRA", "'1.lora_A'"),
     ),
     "a name that is taken there by the same weights": Refusal(
         adapted(kind=Full, params="bias"),
         inject(["1", "0"], Full),
-        r'0: "default" has a Full with \'0\.bias\' already\. Eject it, or inject under another name\.',
+        ("0", '"default"', "Full", "'0.bias'"),
     ),
     "the same weight twice in one call": Refusal(
         lambda: chain(Expert()),
         inject("0", param=["up", "up"]),
-        r'0: "default" has a LoRA with \'0\.up\.lora_A\' already\. Eject it, or inject under another name\.',
+        ("0", '"default"', "LoRA", "'0.up.lora_A'"),
     ),
 }
 
@@ -416,38 +387,36 @@ TARGETS = {
     "a typo": Refusal(
         network,
         inject("q_porj"),
-        r"targets: no module matches 'q_porj'\. The nearest names are 'q_proj'.*\. Correct the pattern or drop it\.",
+        ("targets", "'q_porj'", "'q_proj'"),
     ),
     "a name in a model without names": Refusal(
         lambda: nn.Linear(2, 2),
         inject("q_proj"),
-        r"targets: no module matches 'q_proj'\. The model has no named submodules\. Pass .*\.",
+        ("targets", "'q_proj'", "submodules"),
     ),
     "an absent type": Refusal(
         network,
         inject([nn.Linear, nn.Conv2d]),
-        r"targets: no module is a Conv2d\. The model is made of Embedding, .*Linear, ModuleList, Network\.",
+        ("targets", "Conv2d", "Embedding", "Linear", "ModuleList", "Network"),
     ),
     "a predicate that nothing satisfies": Refusal(
         network,
         inject(lambda name, module: False),
-        r"targets: no module satisfies '<lambda>'\. Check the predicate: it is called with \(name, module\) .*\.",
+        ("targets", "'<lambda>'", "(name, module)"),
     ),
     "a partial as predicate": Refusal(
         network,
         inject(functools.partial(lambda answer, name, module: answer, False)),
-        r"targets: no module satisfies functools\.partial\(.*\)\. Check the predicate: .*\.",
+        ("targets", "functools.partial"),
     ),
-    "an empty list": Refusal(
-        network, inject([]), r"targets: the list is empty\. Name at least one module, type or predicate\."
-    ),
+    "an empty list": Refusal(network, inject([]), ("targets", "empty")),
     "an absent exclude": Refusal(
-        network, inject("q_proj", exclude=["v_proj", "haed"]), r"exclude: no module matches 'haed'\. The nearest .*\."
+        network, inject("q_proj", exclude=["v_proj", "haed"]), ("exclude", "'haed'", "'head'")
     ),
     "an exclude that takes all": Refusal(
         network,
         inject("head", exclude=nn.Linear),
-        r"targets: 'head' matches only modules that exclude=<class 'torch.*Linear'> takes away\. Narrow `exclude`\.",
+        ("targets", "'head'", "exclude=<class 'torch.nn.modules.linear.Linear'>"),
     ),
 }
 
@@ -461,11 +430,11 @@ def test_targets_that_match_nothing(refusal):
 
 
 def without_adapters(act: Callable[[Any], Any]) -> Refusal:
-    return Refusal(linears, act, r"Sequential has no adapters\. Put some in first: peftlib\.inject\(model, \.\.\.\)\.")
+    return Refusal(linears, act, ("Sequential", "peftlib.inject(model, ...)"))
 
 
 def absent(act: Callable[[Any], Any]) -> Refusal:
-    return Refusal(adapted(), act, r"Sequential has no adapter named 'other'\. It has 'default'\.( .*\.)?")
+    return Refusal(adapted(), act, ("Sequential", "'other'", "'default'"))
 
 
 ON_A_MODEL = {
@@ -508,8 +477,8 @@ def merged_model() -> Any:
     return model
 
 
-def first_then_unmerge(doing: str) -> str:
-    return rf"{doing}: default is merged into the base\. Call unmerge first\."
+def first_then_unmerge(doing: str) -> tuple[str, ...]:
+    return (doing, "default", "unmerge")
 
 
 STATES = {
@@ -522,53 +491,47 @@ STATES = {
     "verify a merged model": Refusal(
         merged_model, lambda model: peftlib.verify(model, torch.ones(1, 4)), first_then_unmerge("verify")
     ),
-    "merge a merged model": Refusal(
-        merged_model,
-        lambda m: peftlib.merge(m, "other"),
-        r"merge: default is merged into the base\. Call unmerge first\.",
-    ),
+    "merge a merged model": Refusal(merged_model, lambda m: peftlib.merge(m, "other"), ("merge", "default", "unmerge")),
     "stream other names from a merged model": Refusal(
         merged_model,
         lambda m: peftlib.merged_state_dict(m, "other"),
-        r"merged_state_dict: default is merged into the base\. Call unmerge first\.",
+        ("merged_state_dict", "default", "unmerge"),
     ),
     "eject another name than the merged one for good": Refusal(
         merged_model,
         lambda m: peftlib.eject(m, "other", merge=True),
-        r"eject: default is merged, not 'other' alone\. Call unmerge first\.",
+        ("eject", "default", "'other'", "unmerge"),
     ),
-    "unmerge what is not merged": Refusal(
-        adapted(), peftlib.unmerge, r"unmerge: Sequential is not merged\. Call merge first\."
-    ),
+    "unmerge what is not merged": Refusal(adapted(), peftlib.unmerge, ("unmerge", "Sequential", "merge")),
     "merge with nothing active": Refusal(
         lambda: peftlib.activate(adapted()()).__enter__(),
         peftlib.merge,
-        r"merge: no adapter is active\. Name one of 'default'\.",
+        ("merge", "active", "'default'"),
     ),
     "stream with nothing active": Refusal(
         lambda: peftlib.activate(adapted()()).__enter__(),
         peftlib.merged_state_dict,
-        r"merged_state_dict: no adapter is active\. Name one of 'default'\.",
+        ("merged_state_dict", "active", "'default'"),
     ),
     "merge what has no weight form": Refusal(
         lambda: peftlib.inject(model := adapted()(), "1", Offset) and model,
         peftlib.merge,
-        r'merge: "default" holds a Offset on 1, which has no weight form\. Keep it live, or merge another name\.',
+        ("1", "merge", '"default"', "Offset"),
     ),
     "stream what has no weight form": Refusal(
         adapted(lambda: nn.Linear(4, 4), nn.Linear, Offset),
         peftlib.merged_state_dict,
-        r'merged_state_dict: "default" holds a Offset on the root, which has no weight form\. Keep it live, or .*\.',
+        ("the root", "merged_state_dict", '"default"', "Offset"),
     ),
     "eject for good what has no weight form": Refusal(
         adapted(kind=Offset),
         lambda model: peftlib.eject(model, merge=True),
-        r'merge: "default" holds a Offset on 0, .*\.',
+        ("0", "merge", '"default"', "Offset"),
     ),
     "run what has neither form": Refusal(
         lambda: formless(),
         lambda model: model(torch.ones(1, 4)),
-        r"Formless has neither forward nor fold, so it does nothing\. Write one of them\.",
+        ("Formless", "forward", "fold"),
     ),
 }
 
@@ -600,8 +563,8 @@ def covered() -> Any:
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_foreign_class_on_top_at_eject(merge):
-    message = r"1: Foreign was put above the adapted Linear after inject\. Undo that first, then eject\."
-    check(Refusal(covered, lambda model: peftlib.eject(model, merge=merge), message), covered())
+    names = ("1", "Foreign", "Linear", "eject")
+    check(Refusal(covered, lambda model: peftlib.eject(model, merge=merge), names))
 
 
 # ---- what cannot be folded
@@ -614,11 +577,11 @@ def test_a_foreign_class_on_top_at_eject(merge):
     ("found", "put"),
     [
         (
-            "a forward was put on this Linear itself",
+            ("forward",),
             lambda host: host.__dict__.update(forward=lambda x: x),
         ),
         (
-            "Foreign, Other was put above the adapted Linear",
+            ("Foreign", "Other", "Linear"),
             lambda host: setattr(host, "__class__", type("Foreign", (type("Other", (type(host),), {}),), {})),
         ),
     ],
@@ -627,7 +590,7 @@ def test_a_foreign_class_on_top_at_eject(merge):
 def test_what_was_put_on_a_host_after_inject_is_named_at_eject(at, make, found, put):
     model = adapted(make, nn.Linear)()
     put(model if at == "the root" else model[1])
-    check(Refusal(linears, peftlib.eject, rf"{at}: {found} after inject\. Undo that first, then eject\."), model)
+    check(Refusal(linears, peftlib.eject, (at, *found, "eject")), model)
 
 
 def tied() -> Any:
@@ -669,43 +632,43 @@ FOLDS = {
     "a tied weight": Refusal(
         adapted(tied, "head"),
         peftlib.merge,
-        r'cannot merge "default" into head\.weight: it is also embedding\.weight, which would change too\. Untie .*\.',
+        ("head.weight", '"default"', "embedding.weight"),
     ),
     "a tied weight, from the other side": Refusal(
         adapted(tied, "embedding"),
         peftlib.merge,
-        r'cannot merge "default" into embedding\.weight: it is also head\.weight, which would change too\. Untie .*\.',
+        ("embedding.weight", '"default"', "head.weight"),
     ),
     "two adapters on both sides of a tie": Refusal(
         adapted(tied, ["embedding", "head"]),
         peftlib.merge,
-        r'cannot merge "default" into (embedding|head)\.weight: it is also (head|embedding)\.weight, which .*\.',
+        ("embedding.weight", '"default"', "head.weight"),
     ),
     "memory that is shared": Refusal(
         adapted(tied_by_memory, ["1"]),
         peftlib.merge,
-        r'cannot merge "default" into 1\.weight: it is also 0\.weight, which would change too\. Untie them first\.',
+        ("1.weight", '"default"', "0.weight"),
     ),
     "a computed weight": Refusal(
         adapted(lambda: chain(nn.Linear(4, 4), weight_norm(nn.Linear(4, 4))), nn.Linear),
         peftlib.merge,
-        r"cannot merge into 1\.weight: it is computed from other parameters\. Make it a plain weight first .*\.",
+        ("1.weight", "computed"),
     ),
     "no values": Refusal(
         lambda: meta_model(),
         peftlib.merge,
-        r"cannot merge into 0\.weight: it is on the meta device\. Materialise the model, or mend the kind's fold\.",
+        ("0.weight", "meta"),
     ),
     "a folded form of another shape": Refusal(
         adapted(kind=Widened),
         peftlib.merge,
-        r"cannot merge into 0\.weight: it is \[4, 4\] and its folded form \[1, 4\]\. Materialise .*, or mend.*\.",
+        ("0.weight", "[4, 4]", "[1, 4]", "fold"),
     ),
     **{
         f"{value} in {key}": Refusal(
             functools.partial(poisoned, value, key),
             peftlib.merge,
-            rf'cannot merge "default" into 1: {key} holds NaN or infinity\. Load a sound adapter, or eject this one\.',
+            ("1", '"default"', key, "NaN"),
         )
         for value in (float("nan"), float("inf"), float("-inf"))
         for key in ("lora_A", "lora_B")
@@ -713,7 +676,7 @@ FOLDS = {
     "a product beyond the dtype": Refusal(
         overflowing,
         peftlib.merge,
-        r"cannot merge into 1\.weight: the result has NaN or infinity in torch\.float16\. Keep the adapter live, .*\.",
+        ("1.weight", "torch.float16", "NaN"),
     ),
 }
 
@@ -750,23 +713,20 @@ class Hidden(nn.Module):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["beside others", "alone"])
 def test_a_merged_weight_that_is_in_no_state_dict(bias):
-    message = (
-        r"merged_state_dict: 1 merged weight\(s\) are not in state_dict\(\), so they would be lost\. Merge in .*\."
-    )
+    names = ("merged_state_dict", "1", "state_dict()")
     model = adapted(lambda: chain(Hidden(bias), nn.Linear(4, 4)), "0", Gain)()
-    check(Refusal(linears, lambda model: list(peftlib.merged_state_dict(model)), message), model)
+    check(Refusal(linears, lambda model: list(peftlib.merged_state_dict(model)), names), model)
 
 
 def test_pissa_drawn_again_without_its_host():
     model = adapted(init="pissa", rank=2)()
     ((_, _, adapter),) = peftlib.adapters(model)
-    message = r'LoRA with init="pissa" starts from its host\'s weight\. Call reset_parameters\(host\)\.'
-    check(Refusal(linears, lambda model: adapter.reset_parameters(), message), model)
+    names = ("LoRA", 'init="pissa"', "reset_parameters(host)")
+    check(Refusal(linears, lambda model: adapter.reset_parameters(), names), model)
 
 
 def test_two_kinds_of_one_name():
-    message = r"kind 'LoRA': peftlib\.LoRA has this name already, .*\. Rename .*test_refusals.*LoRA\."
-    with pytest.raises(AdapterError, match=message):
+    with refused(None, "'LoRA'", "test_refusals.LoRA"):
         type("LoRA", (peftlib.Adapter,), {"__module__": __name__, "__qualname__": "LoRA"})
     model = linears()
     peftlib.inject(model, "0", LoRA)
@@ -804,85 +764,85 @@ def duplicate(tensors, header):
 DAMAGES = {
     "an unexpected key": (
         lambda tensors, header: tensors.update({"head.lora_C": torch.ones(2)}),
-        r"missing nothing; unexpected head\.lora_C\. Save it again from its model\.",
+        ("head.lora_C", "unexpected"),
     ),
     "a missing key": (
         lambda tensors, header: tensors.pop("layers.1.q_proj.lora_B"),
-        r"missing layers\.1\.q_proj\.lora_B; unexpected nothing\. Save it again from its model\.",
+        ("layers.1.q_proj.lora_B", "missing"),
     ),
     "many missing keys": (
         lambda tensors, header: [tensors.pop(key) for key in list(tensors)],
-        r"missing head\.lora_A, head\.lora_B, layers\.0\.q_proj\.lora_A, .* and 2 more; unexpected nothing\. Save .*\.",
+        ("head.lora_A", "missing", "head.lora_B", "layers.0.q_proj.lora_A", "2"),
     ),
     "a renamed key": (
         lambda tensors, header: tensors.update({"head.lora_a": tensors.pop("head.lora_A")}),
-        r"missing head\.lora_A; unexpected head\.lora_a\. Save it again from its model\.",
+        ("head.lora_A", "head.lora_a"),
     ),
     "another shape": (
         lambda tensors, header: tensors.update({"head.lora_A": torch.ones(2, 9)}),
-        r"head\.lora_A has shape \[2, 9\], this model needs \[2, 8\]\. Load it onto its own base\.",
+        ("head.lora_A", "[2, 9]", "[2, 8]"),
     ),
     "a transposed factor": (
         lambda tensors, header: tensors.update({"head.lora_A": tensors["head.lora_A"].T.contiguous()}),
-        r"head\.lora_A has shape \[8, 2\], this model needs \[2, 8\]\. Load it onto its own base\.",
+        ("head.lora_A", "[8, 2]", "[2, 8]"),
     ),
     "another rank than its configuration": (
         lambda tensors, header: header["configs"][0]["config"].update(rank=3),
-        r".*lora_A has shape \[2, 8\], this model needs \[3, 8\]\. Load it onto its own base\.",
+        ("[2, 8]", "[3, 8]"),
     ),
     "integers": (
         lambda tensors, header: tensors.update({"head.lora_A": torch.ones(2, 8, dtype=torch.int32)}),
-        r"head\.lora_A is torch\.int32, expected torch\.float32\. Save it again from its model\.",
+        ("head.lora_A", "torch.int32", "torch.float32"),
     ),
     "complex numbers": (
         lambda tensors, header: tensors.update({"head.lora_A": torch.ones(2, 8, dtype=torch.complex64)}),
-        r"head\.lora_A is torch\.complex64, expected torch\.float32\. Save it again from its model\.",
+        ("head.lora_A", "torch.complex64", "torch.float32"),
     ),
     "NaN": (
         lambda tensors, header: tensors["head.lora_A"][0].fill_(float("nan")),
-        r"head\.lora_A holds NaN or infinity\. Train again from a sound checkpoint\.",
+        ("head.lora_A", "NaN"),
     ),
     "infinity": (
         lambda tensors, header: tensors["head.lora_B"][0].fill_(float("-inf")),
-        r"head\.lora_B holds NaN or infinity\. Train again from a sound checkpoint\.",
+        ("head.lora_B", "NaN"),
     ),
     "an unknown kind": (
         lambda tensors, header: header["configs"][0].update(kind="Unheard"),
-        r"kind 'Unheard' is unknown here\. Import the module that defines it first\.",
+        ("'Unheard'",),
     ),
     "another kind": (
         lambda tensors, header: header["configs"][0].update(kind="Full", config={}),
-        r"missing .*\.weight.*; unexpected .*lora_A.*\. Save it again from its model\.",
+        ("head.lora_A", "head.weight"),
     ),
     "a kind that does not take its keywords": (
         lambda tensors, header: header["configs"][0].update(kind="Full"),
-        r".*: Full refuses its configuration \(.*unexpected keyword.*\)\. Save it again from its model\.",
+        ("Full", "unexpected keyword"),
     ),
     "an absent host": (
         another_layer,
-        r"made for another model: layers\.7\.q_proj not in Network\. Load it onto its own base\.",
+        ("layers.7.q_proj", "Network"),
     ),
-    "one adapter twice": (duplicate, r'head: "default" has a LoRA with \'head\.lora_A\' already\. Eject it, .*\.'),
+    "one adapter twice": (duplicate, ("head", '"default"', "LoRA", "'head.lora_A'")),
     "a name that cannot be": (
         lambda tensors, header: header.update(name="a.b"),
-        r"name='a\.b': a name is a string without '\.' and ':'\. Rename the adapter\.",
+        ("name='a.b'",),
     ),
     "the values of another base": (
         lambda tensors, header: header["base"]["head"]["hash"].update(own="0" * 32),
-        r"made on another base: head has weights of other values\. Load it onto its own base, or pass strict=False\.",
+        ("head", "values", "strict=False"),
     ),
     "the shapes of another base": (
         lambda tensors, header: header["base"]["head"]["weights"].update(weight=["float32", 3, 9]),
-        r"made on another base: head has weight \[3, 8\], in the file \[3, 9\]\. Load .*, or pass strict=False\.",
+        ("head", "weight", "[3, 8]", "[3, 9]", "strict=False"),
     ),
     "weights that this base lacks": (
         lambda tensors, header: header["base"]["head"]["weights"].update(gain=["float32", 3]),
-        r"made on another base: head has gain absent, in the file \[3\]\. Load .*, or pass strict=False\.",
+        ("head", "gain", "[3]", "strict=False"),
     ),
     **{
         f"{key}={value!r} in a configuration": (
             functools.partial(lambda k, v, tensors, header: header["configs"][0]["config"].update({k: v}), key, value),
-            r".*(LoRA).*(rank|alpha|dropout|init|param|dtype|matrix|configuration).*\.",
+            ("LoRA", key),
         )
         for key, value in {
             "rank": "8", "alpha": None, "dropout": [], "init": {}, "param": 5, "dtype": 7, "unheard": 1,
@@ -890,40 +850,39 @@ DAMAGES = {
     },
     "a rank beyond all memory": (
         lambda tensors, header: header["configs"][0]["config"].update(rank=10**30),
-        r".*LoRA refuses its configuration \(.*\)\. Save it again from its model\.",
+        ("LoRA", "configuration"),
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
-def test_files_that_do_not_fit(damage, message, saved):
+@pytest.mark.parametrize(("damage", "names"), DAMAGES.values(), ids=DAMAGES)
+def test_files_that_do_not_fit(damage, names, saved):
     with rewritten(saved) as (tensors, header):
         damage(tensors, header)
-    path = re.escape(str(saved))
-    check(Refusal(network, lambda model: peftlib.load(model, saved), rf"({path}: )?(\S+: )?({message})"), network())
+    check(Refusal(network, lambda model: peftlib.load(model, saved), names))
 
 
 HEADERS = {
-    "a later format": ({"format": 2}, "format 2, this version reads 1"),
-    "no format": ({"format": None}, "format None, this version reads 1"),
-    "a format in words": ({"format": "1"}, "format '1', this version reads 1"),
-    "a truth as format": ({"format": True}, "format True, this version reads 1"),
+    "a later format": ({"format": 2}, ("format 2", "1")),
+    "no format": ({"format": None}, ("format None", "1")),
+    "a format in words": ({"format": "1"}, ("format '1'", "1")),
+    "a truth as format": ({"format": True}, ("format True", "1")),
     **{
-        f"{key}={value!r}": ({key: value}, rf"no sound '{key}'")
+        f"{key}={value!r}": ({key: value}, (f"'{key}'",))
         for key, value in {
             "version": 3, "name": None, "configs": {}, "hosts": [], "base": "x", "metadata": [1],
         }.items()
     },
     **{
-        f"configs={value!r}": ({"configs": value}, "a configuration that is not a kind with keywords")
+        f"configs={value!r}": ({"configs": value}, ("configuration", "kind"))
         for value in ([3], [{}], [{"kind": 1, "config": {}}], [{"kind": "LoRA", "config": []}], [{"kind": "LoRA"}])
     },
     **{
-        f"positions={value!r}": ({"hosts": {"head": value}}, "no sound configuration for host 'head'")
+        f"positions={value!r}": ({"hosts": {"head": value}}, ("'head'", "configuration"))
         for value in ([], 0, None, [1], [-1], [0.0], [True], ["0"], {})
     },
     **{
-        f"fingerprint={value!r}": ({"base": {"head": value}}, "no sound fingerprint for host '.*'")
+        f"fingerprint={value!r}": ({"base": {"head": value}}, ("fingerprint",))
         for value in (None, 3, {}, {"weights": []}, {"weights": {"weight": []}}, {"weights": {"weight": [3]}},
                       {"weights": {}, "hash": "x"}, {"weights": {"weight": "float32"}})
     },
@@ -934,9 +893,9 @@ HEADERS = {
 def test_headers_of_a_wrong_form(change, found, saved):
     with rewritten(saved) as (_, header):
         header.update(change)
-    message = rf"{re.escape(str(saved))}: its header (has|names) {found}\. Save it again, with this version .*\."
-    check(Refusal(network, lambda model: peftlib.load(model, saved), message), network())
-    check(Refusal(network, lambda model: peftlib.read_header(saved), message), network())
+    names = (str(saved), *found)
+    check(Refusal(network, lambda model: peftlib.load(model, saved), names))
+    check(Refusal(network, lambda model: peftlib.read_header(saved), names))
 
 
 NO_JSON = {
@@ -951,38 +910,38 @@ NO_HEADER = {"a list": "[]", "a number": "3", "a word": '"peftlib"', "null": "nu
 @pytest.mark.parametrize("text", NO_JSON.values(), ids=NO_JSON)
 def test_headers_that_are_no_json(text, saved):
     save_file({}, saved, {"peftlib": text})
-    message = rf"{re.escape(str(saved))}: its header is not JSON \(.*\)\. Save it again\."
-    check(Refusal(network, lambda model: peftlib.load(model, saved), message), network())
+    names = (str(saved), "JSON")
+    check(Refusal(network, lambda model: peftlib.load(model, saved), names))
 
 
 @pytest.mark.parametrize("text", NO_HEADER.values(), ids=NO_HEADER)
 def test_headers_that_are_no_object(text, saved):
     save_file({}, saved, {"peftlib": text})
-    message = rf"{re.escape(str(saved))}: its header has format .*, this version reads 1\. Save it again, .*\."
-    check(Refusal(network, lambda model: peftlib.load(model, saved), message), network())
+    names = (str(saved), "format")
+    check(Refusal(network, lambda model: peftlib.load(model, saved), names))
 
 
 def test_another_tools_file(saved):
     save_file({"weight": torch.ones(2)}, saved, {"format": "pt"})
-    message = rf"{re.escape(str(saved))}: a safetensors file without peftlib's header\. Load it with the tool that .*\."
-    check(Refusal(network, lambda model: peftlib.load(model, saved), message), network())
+    names = (str(saved), "header")
+    check(Refusal(network, lambda model: peftlib.load(model, saved), names))
     save_file({"weight": torch.ones(2)}, saved)
-    check(Refusal(network, lambda model: peftlib.load(model, saved), message), network())
+    check(Refusal(network, lambda model: peftlib.load(model, saved), names))
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 100, -1, -100])
 def test_a_truncated_file(keep, saved):
     whole = saved.read_bytes()
     saved.write_bytes(whole[:keep])
-    message = rf"{re.escape(str(saved))}: not a sound safetensors file \(.*\)\. Save or copy it again\."
-    check(Refusal(network, lambda model: peftlib.load(model, saved), message), network())
+    names = (str(saved), "safetensors")
+    check(Refusal(network, lambda model: peftlib.load(model, saved), names))
 
 
 @pytest.mark.parametrize("junk", [b"PK\x03\x04" * 50, b"\xff" * 200, b"\0" * 200], ids=["zip", "ones", "zeros"])
 def test_a_file_of_another_format(junk, saved):
     saved.write_bytes(junk)
-    message = rf"{re.escape(str(saved))}: not a sound safetensors file \(.*\)\. Save or copy it again\."
-    check(Refusal(network, lambda model: peftlib.load(model, saved), message), network())
+    names = (str(saved), "safetensors")
+    check(Refusal(network, lambda model: peftlib.load(model, saved), names))
 
 
 def test_a_file_that_is_not_there_is_an_os_error(tmp_path):
@@ -996,38 +955,36 @@ def test_a_file_that_is_not_there_is_an_os_error(tmp_path):
 def test_a_kind_that_gets_too_little_to_load(saved):
     with rewritten(saved) as (_, header):
         header["configs"][0]["config"]["unheard"] = 1
-    message = (
-        rf"{re.escape(str(saved))}: (layers\.0\.q_proj|head): LoRA refuses its configuration \(.*unheard.*\)\. .*\."
-    )
-    check(Refusal(network, lambda model: peftlib.load(model, saved), message), network())
+    names = (str(saved), "LoRA", "unheard")
+    check(Refusal(network, lambda model: peftlib.load(model, saved), names))
 
 
 LOADS = {
     "into a merged model": (
         lambda model: peftlib.merge(model),
-        r"load: b is merged into the base\. Call unmerge first\.",
+        ("load", "b", "unmerge"),
     ),
     "beside a view": (
         lambda model: setattr(model, "face", None) or peftlib.view(model),
-        r"load: 1 view\(s\) of this model are alive and would change too\. Delete them first\.",
+        ("load", "1", "view(s)"),
     ),
 }
 
 
-@pytest.mark.parametrize(("prepare", "message"), LOADS.values(), ids=LOADS)
-def test_models_that_cannot_be_loaded_into(prepare, message, saved):
+@pytest.mark.parametrize(("prepare", "names"), LOADS.values(), ids=LOADS)
+def test_models_that_cannot_be_loaded_into(prepare, names, saved):
     model = network()
     peftlib.inject(model, "v_proj", LoRA, name="b")
     kept = prepare(model)
-    check(Refusal(network, lambda model: peftlib.load(model, saved), message), model)
+    check(Refusal(network, lambda model: peftlib.load(model, saved), names), model)
     del kept
 
 
 def test_a_name_that_is_taken_at_load(saved):
     model = network()
     peftlib.load(model, saved)
-    message = r'(.*: )?(head|layers\.0\.q_proj): "default" has a LoRA with .* already\. Eject it, or .*\.'
-    check(Refusal(network, lambda model: peftlib.load(model, saved), message), model)
+    names = ("layers.0.q_proj", '"default"', "LoRA")
+    check(Refusal(network, lambda model: peftlib.load(model, saved), names), model)
 
 
 def test_a_lazy_host_at_load(saved):
@@ -1035,40 +992,40 @@ def test_a_lazy_host_at_load(saved):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.head = nn.LazyLinear(3)
-    message = r"(.*: )?head: LazyLinear is lazy and has no shapes yet\. Run one batch .*\."
-    check(Refusal(network, lambda model: peftlib.load(model, saved), message), model)
+    names = ("head", "LazyLinear", "lazy")
+    check(Refusal(network, lambda model: peftlib.load(model, saved), names), model)
 
 
 SAVES = {
     "on the meta device": (
         meta_model,
         {},
-        r"0\.lora_A: on the meta device, so its values are not here\. Materialise or gather it, then save\.",
+        ("0.lora_A", "meta"),
     ),
     "metadata that JSON cannot hold": (
         adapted(),
         {"metadata": {"at": torch.ones(2)}},
-        r"metadata: .*tensor.* would not come back from JSON as it is\. Use a dict with string keys, .*\.",
+        ("metadata", "{'at': tensor([1., 1.])}"),
     ),
     "metadata that are not finite": (
         adapted(),
         {"metadata": {"loss": float("nan")}},
-        r"metadata: .*nan.* would not come back from JSON as it is\. Use a dict with string keys, .*\.",
+        ("metadata", "{'loss': nan}"),
     ),
     "metadata that are infinite": (
         adapted(),
         {"metadata": {"loss": float("inf")}},
-        r"metadata: .*inf.* would not come back from JSON as it is\. Use a dict with string keys, .*\.",
+        ("metadata", "{'loss': inf}"),
     ),
-    "metadata that are no dict": (adapted(), {"metadata": ["reviews"]}, r"metadata: .*\."),
+    "metadata that are no dict": (adapted(), {"metadata": ["reviews"]}, ("metadata", "['reviews']")),
 }
 
 
-@pytest.mark.parametrize(("make", "keywords", "message"), SAVES.values(), ids=SAVES)
-def test_what_cannot_be_saved(make, keywords, message, tmp_path):
+@pytest.mark.parametrize(("make", "keywords", "names"), SAVES.values(), ids=SAVES)
+def test_what_cannot_be_saved(make, keywords, names, tmp_path):
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(b"the old file")
-    check(Refusal(make, lambda model: peftlib.save(model, path, **keywords), message), make())
+    check(Refusal(make, lambda model: peftlib.save(model, path, **keywords), names), make())
     assert [file.name for file in tmp_path.iterdir()] == ["adapter.safetensors"]
     assert path.read_bytes() == b"the old file"
 
@@ -1077,8 +1034,8 @@ def test_a_shard_cannot_be_saved(tmp_path):
     model = adapted()()
     ((_, _, adapter),) = peftlib.adapters(model)
     adapter.register_state_dict_post_hook(lambda module, state, prefix, _: setattr(state["lora_A"], "device_mesh", 1))
-    message = r"0\.lora_A: a shard, so its values are not here\. Materialise or gather it, then save\."
-    check(Refusal(linears, lambda model: peftlib.save(model, tmp_path / "a.safetensors"), message), model)
+    names = ("0.lora_A", "shard")
+    check(Refusal(linears, lambda model: peftlib.save(model, tmp_path / "a.safetensors"), names), model)
 
 
 def test_a_folder_that_is_not_there(tmp_path):
