@@ -1,7 +1,6 @@
 """Files of kohya, diffusers, loralib and torchtune: keys and scales written by hand, outputs against dense weights."""
 
 import json
-import re
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import peftlib
 from peftlib import exchange
 from support import helpers
 from support.ecosystem import feature
+from support.refusals import refused
 
 CLOSE = 1e-6
 
@@ -218,40 +218,37 @@ def linear() -> Any:
 
 
 GOOD = {"lora_unet_0.lora_down.weight": torch.ones(2, 4), "lora_unet_0.lora_up.weight": torch.ones(3, 2)}
-REFUSED: dict[str, tuple[dict[str, Tensor], str, str]] = {
+REFUSED: dict[str, tuple[dict[str, Tensor], str, tuple[str, ...]]] = {
     "a kind of another name": ({**GOOD, "lora_unet_0.hada_w1_a": torch.ones(2)}, "kohya",
-                               r"source: lora_unet_0\.hada_w1_a: not understood\. Remove it .*"),
+                               ("lora_unet_0.hada_w1_a",)),
     "a module that is not there": ({"lora_unet_7.alpha": torch.tensor(1.0)}, "kohya",
-                                   r"source: lora_unet_7\.alpha: names no module of the model\. Load it onto .*"),
+                                   ("lora_unet_7.alpha", "module")),
     "another component": ({**GOOD, "lora_te_0.alpha": torch.tensor(1.0)}, "kohya",
-                          r"source: lora_te_0\.alpha: of none of the components\. Name theirs, with None .*"),
-    "no component": ({"x": torch.ones(1)}, "kohya", r"source: no key begins with 'lora_unet'\. Name the components .*"),
+                          ("lora_te_0.alpha", "components")),
+    "no component": ({"x": torch.ones(1)}, "kohya", ("source", "'lora_unet'")),
     "half a pair": ({"lora_unet_0.lora_down.weight": torch.ones(2, 4)}, "kohya",
-                    r"source: lora_B\.weight of 0 is missing\. .*|source: .*0\.lora_B\.weight is missing\. .*"),
+                    ("source", "missing")),
     "another shape": ({**GOOD, "lora_unet_0.lora_up.weight": torch.ones(5, 2)}, "kohya",
-                      r"source: lora_unet_0\.lora_up\.weight has shape \[5, 2\], expected \[3, 2\]\. .*"),
+                      ("lora_unet_0.lora_up.weight", "[5, 2]", "[3, 2]")),
     "no number": ({**GOOD, "lora_unet_0.alpha": torch.tensor(float("nan"))}, "kohya",
-                  r"source: lora_unet_0\.alpha is no finite number\. Save it again\."),
+                  ("lora_unet_0.alpha", "finite")),
     "infinity": ({**GOOD, "lora_unet_0.lora_up.weight": torch.full((3, 2), torch.inf)}, "kohya",
-                 r".* holds NaN or infinity\. .*"),
+                 ("NaN",)),
     "no alpha": ({"0.lora_A": torch.ones(2, 4), "0.lora_B": torch.ones(3, 2)}, "loralib",
-                 r"source: a file of loralib does not say alpha\. Pass alpha\."),
-    "an unknown layout": (GOOD, "lycoris", r"layout='lycoris' is none of 'kohya', .*\. Pass one of them\."),
+                 ("source", "loralib", "alpha")),
+    "an unknown layout": (GOOD, "lycoris", ("layout='lycoris'", "'kohya'")),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("tensors", "layout", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_not_understood_is_refused_by_name(tensors, layout, message):
+@pytest.mark.parametrize(("tensors", "layout", "names"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_understood_is_refused_by_name(tensors, layout, names):
     model = linear()
-    before = helpers.snapshot(model)
-    with pytest.raises(peftlib.AdapterError) as caught:
+    with refused(model, *names):
         exchange.load(model, tensors, layout)
-    assert re.fullmatch(message, str(caught.value)), str(caught.value)
-    assert helpers.changes(before, model) == []
 
 
 def test_a_component_that_no_name_covers_is_not_left_out_in_silence(tmp_path):
-    with pytest.raises(peftlib.AdapterError, match=r"text_encoder\.0: in none of the components\. Name theirs too\."):
+    with refused(None, "text_encoder.0", "components"):
         exchange.save(trained(), tmp_path / "lora.safetensors", "kohya", components={"lora_unet": "unet"})
     assert not [*tmp_path.iterdir()]
 
@@ -265,11 +262,11 @@ def test_the_groups_of_a_convolution_have_no_place_in_kohya_s_file(tmp_path):
         "lora_unet_0.lora_down.weight": torch.ones(2, 2, 3, 3),
         "lora_unet_0.lora_up.weight": torch.ones(6, 2, 1, 1),
     }
-    with pytest.raises(peftlib.AdapterError, match=r"0: kohya ignores the groups of a convolution\. Leave this layer"):
+    with refused(None, "0", "kohya", "groups"):
         exchange.load(grouped(), tensors, "kohya")
     model = grouped()
     peftlib.inject(model, "0", peftlib.LoRA, rank=2)
-    with pytest.raises(peftlib.AdapterError, match=r"0: kohya adapts Linear and ungrouped convolutions alone\. Merge"):
+    with refused(None, "0", "kohya", "ungrouped"):
         exchange.save(model, tmp_path / "lora.safetensors", "kohya", components={"lora_unet": ""})
 
 
@@ -279,7 +276,7 @@ def test_metadata_of_diffusers_that_are_no_object(said, tmp_path):
     model = trained()
     exchange.save(model, path, "diffusers", components={"unet": "unet", "text_encoder": "text_encoder"})
     save_file(load_file(path), path, {"lora_adapter_metadata": said})
-    with pytest.raises(peftlib.AdapterError, match=r"its lora_adapter_metadata is no JSON object\. Save it again\."):
+    with refused(None, "lora_adapter_metadata", "JSON"):
         exchange.load(seeded(Pipeline), path, "diffusers", components={"unet": "unet", "text_encoder": "text_encoder"})
 
 
@@ -290,7 +287,7 @@ def test_a_component_is_left_out_only_when_asked():
 
 
 def test_an_alpha_that_the_file_says_is_not_said_again():
-    with pytest.raises(peftlib.AdapterError, match="a file of kohya says alpha itself, so leave alpha out"):
+    with pytest.raises(peftlib.AdapterError, match=r"kohya .*alpha"):
         exchange.load(linear(), GOOD, "kohya", alpha=2)
 
 
@@ -298,24 +295,24 @@ def test_names_that_kohya_cannot_tell_apart_are_refused(tmp_path):
     model = nn.Module()
     model.a = nn.Module()
     model.a.b, model.a_b = nn.Linear(2, 2), nn.Linear(2, 2)
-    with pytest.raises(peftlib.AdapterError, match=r"lora_unet_a_b\.alpha: names 2 modules \(a\.b, a_b\)"):
+    with refused(None, "lora_unet_a_b.alpha", "a.b", "a_b"):
         exchange.load(model, {"lora_unet_a_b.alpha": torch.tensor(1.0)}, "kohya")
     peftlib.inject(model, nn.Linear, peftlib.LoRA, rank=1)
-    with pytest.raises(peftlib.AdapterError, match="kohya writes it as lora_unet_a_b, like another module"):
+    with refused(None, "kohya", "lora_unet_a_b"):
         exchange.save(model, tmp_path / "lora.safetensors", "kohya")
 
 
-@pytest.mark.parametrize(("inject", "layout", "message"), [
-    (lambda m: peftlib.inject(m, "1", peftlib.Full), "kohya", r"1\.(bias|weight), .*: kohya has no place for it"),
-    (lambda m: peftlib.inject(m, "1", peftlib.Full), "diffusers", "diffusers has no place for it"),
-    (lambda m: peftlib.inject(m, "0", peftlib.DoRA, name="d"), "kohya", "kohya has no place for it"),
-    (lambda m: peftlib.inject(m, "0", peftlib.IA3), "kohya", "a file of LoRA has no place for IA3"),
+@pytest.mark.parametrize(("inject", "layout", "names"), [
+    (lambda m: peftlib.inject(m, "1", peftlib.Full), "kohya", ("kohya",)),
+    (lambda m: peftlib.inject(m, "1", peftlib.Full), "diffusers", ("diffusers",)),
+    (lambda m: peftlib.inject(m, "0", peftlib.DoRA, name="d"), "kohya", ("kohya",)),
+    (lambda m: peftlib.inject(m, "0", peftlib.IA3), "kohya", ("LoRA", "IA3")),
 ])  # fmt: skip
-def test_what_a_tool_cannot_hold_is_not_written(inject, layout, message, tmp_path):
+def test_what_a_tool_cannot_hold_is_not_written(inject, layout, names, tmp_path):
     model = linear()
     peftlib.inject(model, "0", peftlib.LoRA, rank=1)
     inject(model)
     name = "d" if any(name == "d" for _, name, _ in peftlib.adapters(model)) else "default"
-    with pytest.raises(peftlib.AdapterError, match=message):
+    with refused(model, *names):
         exchange.save(model, tmp_path / "lora.safetensors", layout, name)
     assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,7 @@ import peftlib
 from peftlib import hf
 from support import helpers
 from support.ecosystem import feature
+from support.refusals import refused
 
 # Both compute in float32, in another order of additions: a few roundings (2**-24 each) of the largest output.
 CLOSE = 1e-6
@@ -316,10 +317,8 @@ def test_a_configuration_works_unchanged(case, folder):
 def test_a_model_that_lacks_a_layer_is_left_alone(case, folder):
     saved_by_peft(case, folder)
     other = nn.Sequential(nn.Linear(2, 2))
-    before = helpers.snapshot(other)
-    with pytest.raises(peftlib.AdapterError):
+    with refused(other):
         hf.load(other, folder)
-    assert helpers.changes(before, other) == []
 
 
 @every_case
@@ -331,22 +330,19 @@ def test_each_missing_or_foreign_tensor_is_named(case, folder):
     keys = [key for key in whole if not unused(key) and not re.search(f"({learned})$", key)]
     for key in keys:
         save_file({other: tensor for other, tensor in whole.items() if other != key}, path)
-        assert_refused(case, folder, rf"{re.escape(str(path))}: {re.escape(key)} is missing\. .*")
+        assert_refused(case, folder, (str(path), key))
         save_file({**whole, key: torch.zeros(2, 9, 7)}, path)
-        assert_refused(case, folder, rf"{re.escape(str(path))}: {re.escape(key)} has shape \[2, 9, 7\], expected .*")
+        assert_refused(case, folder, (str(path), key, "[2, 9, 7]"))
         save_file({**whole, key: torch.full_like(whole[key], float("nan"))}, path)
-        assert_refused(case, folder, r".* holds NaN or infinity\..*")
+        assert_refused(case, folder, ("NaN",))
     save_file({**whole, "base_model.model.layer.hada_w1_a": torch.zeros(2)}, path)
-    assert_refused(case, folder, r".*: base_model\.model\.layer\.hada_w1_a: not understood, and leaving it out .*")
+    assert_refused(case, folder, ("base_model.model.layer.hada_w1_a",))
 
 
-def assert_refused(case: Case, folder: Any, message: str) -> None:
+def assert_refused(case: Case, folder: Any, names: tuple[str, ...]) -> None:
     model = base_of(case)
-    before = helpers.snapshot(model)
-    with pytest.raises(peftlib.AdapterError) as caught:
+    with refused(model, *names):
         hf.load(model, folder)
-    assert re.fullmatch(message, str(caught.value), re.DOTALL), str(caught.value)
-    assert helpers.changes(before, model) == []
 
 
 def test_each_case_is_of_a_row_of_the_matrix():

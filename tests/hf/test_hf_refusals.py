@@ -1,7 +1,6 @@
 """What HF peft's files cannot hold, and what is not understood in them, is refused by name; other readers' limits."""
 
 import json
-import re
 from typing import Any
 
 import peft
@@ -13,8 +12,8 @@ from test_hf import CLOSE, Around, Experts, Net, assert_same, moved, quiet
 from torch import Tensor, nn
 
 import peftlib
-from peftlib import AdapterError, DoRA, Full, LoRA, hf
-from support import helpers
+from peftlib import DoRA, Full, LoRA, hf
+from support import helpers, refusals
 
 
 def seeded(make: Any) -> Any:
@@ -38,45 +37,42 @@ def saved(tmp_path) -> Any:
     return tmp_path
 
 
-def refused(act: Any, model: Any, message: str) -> None:
-    before = helpers.snapshot(model)
-    with pytest.raises(AdapterError) as caught:
+def refused(act: Any, model: Any, names: tuple[str, ...]) -> None:
+    with refusals.refused(model, *names):
         act(model)
-    assert re.fullmatch(message, str(caught.value), re.DOTALL), str(caught.value)
-    assert helpers.changes(before, model) == []
 
 
-CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown kind": ({"peft_type": "LOHA"}, r".*: peft_type 'LOHA' has no counterpart here \(there is .*\)\. .*"),
-    "a kind that is no name": ({"peft_type": 3}, r".*: peft_type '3' has no counterpart here .*"),
-    "an unknown key": ({"new_trick": True}, r".*: new_trick=True is not understood, and leaving it .*"),
-    "a known variant": ({"kasa_config": {"beta": 1}}, r".*: kasa_config=\{'beta': 1\} is not understood, .*"),
-    "layers twice": ({"layer_replication": [[0, 1]]}, r".*: layer_replication=\[\[0, 1\]\] is not understood, .*"),
-    "a rank of text": ({"r": "8"}, r".*: r is '8', expected a whole number of at least 1\. Correct it\."),
-    "a rank of zero": ({"r": 0}, r".*: r is 0, expected .*"),
-    "a rank that is true": ({"r": True}, r".*: r is True, expected .*"),
-    "another rank": ({"r": 3}, r".*layer\.lora_A\.weight has shape \[2, 5\], expected \[3, 5\]\. .*"),
-    "a negative alpha": ({"lora_alpha": -1}, r".*alpha=-1.*"),
-    "dropout of one": ({"lora_dropout": 1}, r".*: lora_dropout is 1, expected a probability below 1\. .*"),
-    "modules in a dict": ({"target_modules": {"layer": 1}}, r".*: target_modules is .*, expected a list .*"),
-    "no modules": ({"target_modules": None}, r"target_modules is missing, .* Name them\."),
-    "no expression": ({"target_modules": "("}, r"'\(' is no regular expression \(.*\)\. Correct the configuration\."),
-    "other modules": ({"target_modules": ["head"]}, r".*head\.lora_A\.weight is missing\. .*"),
-    "no module": ({"target_modules": ["nowhere"]}, r".*layer\.lora_[AB]\.weight.*: not understood, .*"),
-    "patterns that are no dict": ({"rank_pattern": [1]}, r".*: rank_pattern is \[1\], expected ranks by name\. .*"),
-    "a moved base": ({"init_lora_weights": "olora"}, r".*: init_lora_weights='olora' moved the base weights, .*"),
-    "a random base": ({"init_lora_weights": "pissa_niter_4"}, r".*: init_lora_weights='pissa_niter_4' moved .*"),
-    "tokens of another module": ({"trainable_token_indices": {"nowhere": [1]}}, r".*no module is called nowhere\. .*"),
-    "tokens of a linear": ({"trainable_token_indices": {"head": [1]}}, r"head: trainable_token_indices is for .*"),
-    "negative tokens": ({"trainable_token_indices": [-1]}, r".*: trainable_token_indices is \[-1\], expected .*"),
+CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "an unknown kind": ({"peft_type": "LOHA"}, ("peft_type 'LOHA'",)),
+    "a kind that is no name": ({"peft_type": 3}, ("peft_type '3'",)),
+    "an unknown key": ({"new_trick": True}, ("new_trick=True",)),
+    "a known variant": ({"kasa_config": {"beta": 1}}, ("kasa_config={'beta': 1}",)),
+    "layers twice": ({"layer_replication": [[0, 1]]}, ("layer_replication=[[0, 1]]",)),
+    "a rank of text": ({"r": "8"}, ("r is '8'",)),
+    "a rank of zero": ({"r": 0}, ("r is 0",)),
+    "a rank that is true": ({"r": True}, ("r is True",)),
+    "another rank": ({"r": 3}, ("base_model.model.layer.lora_A.weight", "[2, 5]", "[3, 5]")),
+    "a negative alpha": ({"lora_alpha": -1}, ("alpha=-1",)),
+    "dropout of one": ({"lora_dropout": 1}, ("lora_dropout is 1",)),
+    "modules in a dict": ({"target_modules": {"layer": 1}}, ("target_modules", "{'layer': 1}")),
+    "no modules": ({"target_modules": None}, ("target_modules", "missing")),
+    "no expression": ({"target_modules": "("}, ("'('", "regular expression")),
+    "other modules": ({"target_modules": ["head"]}, ("base_model.model.head.lora_A.weight", "missing")),
+    "no module": ({"target_modules": ["nowhere"]}, ("base_model.model.layer.lora_A.weight",)),
+    "patterns that are no dict": ({"rank_pattern": [1]}, ("rank_pattern is [1]",)),
+    "a moved base": ({"init_lora_weights": "olora"}, ("init_lora_weights='olora'",)),
+    "a random base": ({"init_lora_weights": "pissa_niter_4"}, ("init_lora_weights='pissa_niter_4'",)),
+    "tokens of another module": ({"trainable_token_indices": {"nowhere": [1]}}, ("nowhere",)),
+    "tokens of a linear": ({"trainable_token_indices": {"head": [1]}}, ("head", "trainable_token_indices")),
+    "negative tokens": ({"trainable_token_indices": [-1]}, ("trainable_token_indices is [-1]",)),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "message"), CONFIGS.values(), ids=CONFIGS)
-def test_a_configuration_that_is_not_understood(change, message, saved):
+@pytest.mark.parametrize(("change", "names"), CONFIGS.values(), ids=CONFIGS)
+def test_a_configuration_that_is_not_understood(change, names, saved):
     path = saved / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    refused(lambda model: hf.load(model, saved), around(lambda: nn.Linear(5, 3)), message)
+    refused(lambda model: hf.load(model, saved), around(lambda: nn.Linear(5, 3)), names)
 
 
 class Numbered(nn.Linear):
@@ -89,60 +85,60 @@ class Numbered(nn.Linear):
 
 
 FACTORS: dict[str, Any] = {"peft_type": "IA3", "feedforward_modules": []}
-FRESH: dict[str, tuple[Any, dict[str, Any], str]] = {
+FRESH: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     "(IA)³ without sides": (
         lambda: around(lambda: nn.Linear(5, 3)), {"peft_type": "IA3", "target_modules": ["layer"]},
-        r"config: feedforward_modules is missing, and there are no defaults here\. Name them\."),
+        ("config", "feedforward_modules", "missing")),
     "(IA)³ on a norm": (
         lambda: around(lambda: nn.LayerNorm(5)), {**FACTORS, "target_modules": ["layer"]},
-        r"layer: peft has no \(IA\)³ for LayerNorm\. Leave this layer out\."),
+        ("layer", "LayerNorm", "(IA)³")),
     "(IA)³ on a forward of its own": (
         lambda: around(lambda: Scaled(5, 3)), {**FACTORS, "target_modules": ["layer"]},
-        r"layer: Scaled has a forward of its own; peft scales around it, .*\. Leave this layer out\."),
+        ("layer", "Scaled", "forward")),
     "(IA)³ on what is read and not called": (
         lambda: around(lambda: nn.MultiheadAttention(8, 2)), {**FACTORS, "target_modules": ["out_proj"]},
-        r"layer\.out_proj: its parent reads it without calling it, so the factor never acts\. Leave .*\."),
+        ("layer.out_proj", "factor")),
     "LoRA on what is read and not called": (
         lambda: around(lambda: nn.MultiheadAttention(8, 2)), {"target_modules": ["out_proj"]},
-        r"layer\.out_proj: its parent reads it without calling it, .* Target 'layer', which takes it along\."),
+        ("layer.out_proj", "'layer'")),
     "prefixes of no length": (
-        lambda: around(lambda: nn.Linear(5, 3)), {"peft_type": "PREFIX_TUNING"}, r"Around: peft puts a prefix .*"),
+        lambda: around(lambda: nn.Linear(5, 3)), {"peft_type": "PREFIX_TUNING"}, ("Around", "prefix")),
     "prefixes of an encoder and a decoder": (
         lambda: around(Numbered), {"peft_type": "PREFIX_TUNING"},
-        r"config: prefixes of an encoder and a decoder at once, or of no length\. Correct it\."),
+        ("config", "prefixes", "length")),
     "prefixes through a perceptron": (
         lambda: around(Numbered), {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2, "prefix_projection": True},
-        r"config: prefix_projection: peft's perceptron is one for all layers, .*"),
+        ("config", "prefix_projection")),
     "a prompt of no length": (
         lambda: around(lambda: nn.Linear(5, 3)), {"peft_type": "PROMPT_TUNING"},
-        r"config: a prompt for an encoder and a decoder at once, or of no length\. Correct it\."),
+        ("config", "prompt", "length")),
     "a prompt of an encoder": (
         lambda: around(lambda: nn.Linear(5, 3)), {"peft_type": "P_TUNING", "num_virtual_tokens": 2},
-        r"config: P_TUNING needs peft's encoder or a tokenizer to start from\. .*"),
+        ("config", "P_TUNING")),
     "no module": (
         lambda: around(lambda: nn.Linear(5, 3)), {"target_modules": ["nowhere"]},
-        r"config: target_modules=\['nowhere'\] matches no module\. Correct it\."),
+        ("config", "target_modules=['nowhere']")),
     "an unknown start": (
         lambda: around(lambda: nn.Linear(5, 3)), {"target_modules": ["layer"], "init_lora_weights": "orthogonal"},
-        r"config: init_lora_weights='orthogonal' has no counterpart here .*"),
+        ("config", "init_lora_weights='orthogonal'")),
     "pissa on a convolution": (
         lambda: around(lambda: nn.Conv1d(4, 6, 3)), {"target_modules": ["layer"], "init_lora_weights": "pissa"},
-        r"layer: init_lora_weights='pissa' is for Linear layers and plain LoRA\. Narrow the targets\."),
+        ("layer", "init_lora_weights='pissa'", "Linear")),
     "a module and its parameter": (
         lambda: around(lambda: nn.Linear(5, 3)), {"target_modules": ["layer"], "target_parameters": ["layer.weight"]},
-        r"layer: target_modules and target_parameters both name it, which peft refuses\. Name it once\."),
+        ("layer", "target_modules", "target_parameters")),
     "a module without a weight": (
         lambda: around(lambda: nn.Dropout()), {"target_modules": ["layer"]},
-        r"layer: Dropout has no weight, so peft refuses it\. Narrow the targets\."),
+        ("layer", "Dropout")),
     "a rank beyond the singular values": (
         lambda: around(lambda: nn.Linear(5, 3)), {"r": 4, "target_modules": ["layer"], "init_lora_weights": "pissa"},
-        r".*rank=4: a \[3, 5\] matrix has 3 singular vectors\. .*"),
+        ("layer", "rank=4", "[3, 5]", "3")),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "config", "message"), FRESH.values(), ids=FRESH)
-def test_a_configuration_that_cannot_begin_here(make, config, message):
-    refused(lambda model: hf.inject(model, config), make(), message)
+@pytest.mark.parametrize(("make", "config", "names"), FRESH.values(), ids=FRESH)
+def test_a_configuration_that_cannot_begin_here(make, config, names):
+    refused(lambda model: hf.inject(model, config), make(), names)
 
 
 @pytest.mark.parametrize(("exclude", "left"), [("layer", "head"), (".*ad", "layer"), (["layer"], "head")], ids=str)
@@ -183,25 +179,23 @@ FRONT = {"num_virtual_tokens": 2, "token_dim": 4, "num_attention_heads": 2, "num
 
 def test_vectors_in_front_of_what_is_no_model_of_transformers(tmp_path):
     folder = with_file(tmp_path, {"peft_type": "PROMPT_TUNING", **FRONT}, {"prompt_embeddings": torch.zeros(2, 4)})
-    message = r"Around: peft's prompts are for models of transformers\. Use their base\."
-    refused(lambda model: hf.load(model, folder), around(lambda: nn.Linear(5, 3)), message)
+    names = ("Around", "prompts", "transformers")
+    refused(lambda model: hf.load(model, folder), around(lambda: nn.Linear(5, 3)), names)
 
 
 @pytest.mark.parametrize("change", [{"num_layers": 2}, {"token_dim": 3}, {"num_attention_heads": None}], ids=str)
 def test_prefixes_of_a_model_of_another_size(change, tmp_path):
     config = {"peft_type": "PREFIX_TUNING", **FRONT, **change}
     folder = with_file(tmp_path, config, {"prompt_embeddings": torch.zeros(2, 8)})
-    message = r".*: token_dim=.*, num_layers=.* are not those of this model of 1 attention layers\. Load it onto its .*"
-    refused(lambda model: hf.load(model, folder), around(Numbered), message)
+    names = ("token_dim", "num_layers", "1")
+    refused(lambda model: hf.load(model, folder), around(Numbered), names)
 
 
 def test_a_learned_bias_needs_a_bias_to_be_held_by(saved):
     path = saved / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "lora_bias": True}))
-    message = (
-        r".*: layer: lora_bias, where the layer has no bias of its own to hold it\. Train it with lora_bias=False\."
-    )
-    refused(lambda model: hf.load(model, saved), around(lambda: nn.Linear(5, 3, bias=False)), message)
+    names = ("layer", "lora_bias", "lora_bias=False")
+    refused(lambda model: hf.load(model, saved), around(lambda: nn.Linear(5, 3, bias=False)), names)
 
 
 def test_a_copy_that_is_there_twice_and_differs(tmp_path):
@@ -211,15 +205,15 @@ def test_a_copy_that_is_there_twice_and_differs(tmp_path):
     path = tmp_path / "adapter_model.safetensors"
     again = "base_model.model.head.modules_to_save.weight"
     save_file({**load_file(path), again: torch.zeros(2, 3)}, path)
-    message = rf".*: {re.escape(again)} is not base_model\.model\.head\.weight\. Save it again from its model\."
-    refused(lambda model: hf.load(model, tmp_path), around(lambda: nn.Linear(5, 3)), message)
+    names = (again, "base_model.model.head.weight")
+    refused(lambda model: hf.load(model, tmp_path), around(lambda: nn.Linear(5, 3)), names)
 
 
 def test_a_weight_that_no_configuration_asks_for(saved):
     path = saved / "adapter_model.safetensors"
     save_file({**load_file(path), "base_model.model.head.weight": torch.zeros(2, 3)}, path)
-    message = r".*base_model\.model\.head\.weight.*: not understood, .*"
-    refused(lambda model: hf.load(model, saved), around(lambda: nn.Linear(5, 3)), message)
+    names = ("base_model.model.head.weight",)
+    refused(lambda model: hf.load(model, saved), around(lambda: nn.Linear(5, 3)), names)
 
 
 def test_half_an_attention_comes_back_as_half(tmp_path):
@@ -239,16 +233,13 @@ def test_half_an_attention_comes_back_as_half(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 100_000, '{"r": NaN}', '{"r": 2, "r": 3}', '{"r": 1e999}'])
 def test_a_file_that_is_no_configuration(text, saved):
     (saved / "adapter_config.json").write_text(text)
-    with pytest.raises(AdapterError, match=re.escape(str(saved / "adapter_config.json"))):
-        hf.load(around(lambda: nn.Linear(5, 3)), saved)
+    refused(lambda m: hf.load(m, saved), around(lambda: nn.Linear(5, 3)), (str(saved / "adapter_config.json"),))
 
 
 def test_pickled_weights_are_not_read(saved):
     (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
-    message = (
-        rf"{re.escape(str(saved))}: adapter_model\.bin is a pickle, which could run code\. Save it as safetensors\."
-    )
-    refused(lambda model: hf.load(model, saved), around(lambda: nn.Linear(5, 3)), message)
+    names = (str(saved), "adapter_model.bin", "pickle")
+    refused(lambda model: hf.load(model, saved), around(lambda: nn.Linear(5, 3)), names)
 
 
 def test_files_that_are_not_there_are_os_errors(tmp_path, saved):
@@ -261,13 +252,13 @@ def test_files_that_are_not_there_are_os_errors(tmp_path, saved):
 def test_integers_in_place_of_weights(saved):
     path = saved / "adapter_model.safetensors"
     save_file({key: tensor.to(torch.int32) for key, tensor in load_file(path).items()}, path)
-    refused(lambda m: hf.load(m, saved), around(lambda: nn.Linear(5, 3)), r".* is torch\.int32, expected .*")
+    refused(lambda m: hf.load(m, saved), around(lambda: nn.Linear(5, 3)), ("torch.int32",))
 
 
 def test_a_name_that_is_taken(saved):
     model = around(lambda: nn.Linear(5, 3))
     hf.load(model, saved)
-    refused(lambda m: hf.load(m, saved), model, r'(.*: )?layer: "default" has a LoRA with .* already\. .*')
+    refused(lambda m: hf.load(m, saved), model, ("layer", '"default"', "LoRA"))
     assert hf.load(model, saved, "second") == ["layer"]
 
 
@@ -299,21 +290,21 @@ class Bent(nn.Module):
         return x * self.weight.sum()
 
 
-LAYERS: dict[str, tuple[Any, str]] = {
-    "a forward of its own": (lambda: Scaled(5, 3), "has a forward of its own: peft adds the pair beside it"),
-    "a lookup of its own": (lambda: Shifted(9, 6), "Shifted has a forward of its own, which peft goes around"),
-    "a convolution of its own": (lambda: Blurred(4, 6, 3), "Blurred has a forward of its own"),
-    "four dimensions": (lambda: Bent(2, 3, 4, 5), r"its shape is \(2, 3, 4, 5\), and peft adapts parameters of 2 or 3"),
-    "one transposed matrix": (lambda: Bent(1, 4, 5), "peft transposes a stack of one matrix once too often"),
-    "dilation": (lambda: nn.Conv1d(4, 6, 3, dilation=2), r"peft ignores the dilation \(2,\)"),
-    "reflected edges": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="reflect"), "peft pads with zeros"),
-    "max_norm": (lambda: nn.Embedding(9, 6, max_norm=1.0), "peft renormalises its own factor"),
-    "a transposed convolution": (lambda: nn.ConvTranspose1d(4, 6, 3), "peft has no ConvTranspose1d"),
-    "a recurrent layer": (lambda: nn.GRU(4, 5), "peft cannot adapt this weight of GRU"),
-    "a bilinear layer": (lambda: nn.Bilinear(4, 5, 3), "peft cannot adapt this weight of Bilinear"),
-    "a bag": (lambda: nn.EmbeddingBag(9, 6), "peft cannot adapt this weight of EmbeddingBag"),
+LAYERS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "a forward of its own": (lambda: Scaled(5, 3), ("forward",)),
+    "a lookup of its own": (lambda: Shifted(9, 6), ("Shifted", "forward")),
+    "a convolution of its own": (lambda: Blurred(4, 6, 3), ("Blurred", "forward")),
+    "four dimensions": (lambda: Bent(2, 3, 4, 5), ("(2, 3, 4, 5)",)),
+    "one transposed matrix": (lambda: Bent(1, 4, 5), ("stack", "one")),
+    "dilation": (lambda: nn.Conv1d(4, 6, 3, dilation=2), ("dilation (2,)",)),
+    "reflected edges": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="reflect"), ("zeros",)),
+    "max_norm": (lambda: nn.Embedding(9, 6, max_norm=1.0), ("renormalises",)),
+    "a transposed convolution": (lambda: nn.ConvTranspose1d(4, 6, 3), ("ConvTranspose1d",)),
+    "a recurrent layer": (lambda: nn.GRU(4, 5), ("GRU",)),
+    "a bilinear layer": (lambda: nn.Bilinear(4, 5, 3), ("Bilinear",)),
+    "a bag": (lambda: nn.EmbeddingBag(9, 6), ("EmbeddingBag",)),
     "separate projections": (
-        lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=4), "peft cannot adapt this weight of MultiheadAttention"
+        lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=4), ("MultiheadAttention",)
     ),
 }  # fmt: skip
 
@@ -322,7 +313,7 @@ LAYERS: dict[str, tuple[Any, str]] = {
 def test_a_layer_on_which_peft_computes_something_else(make, reason, tmp_path):
     model = around(make)
     peftlib.inject(model, "layer", LoRA, rank=2)
-    refused(lambda m: hf.save(m, tmp_path / "out"), model, rf"layer: \w+\.\w+: .*{reason}.*\. Leave this layer out\.")
+    refused(lambda m: hf.save(m, tmp_path / "out"), model, ("layer", *reason))
     assert not (tmp_path / "out").exists()
 
 
@@ -330,8 +321,8 @@ def test_a_layer_on_which_peft_computes_something_else(make, reason, tmp_path):
 def test_such_a_layer_in_a_file_of_peft(make, tmp_path):
     with quiet():
         peft.get_peft_model(around(make), peft.LoraConfig(r=2, target_modules=["layer"])).save_pretrained(str(tmp_path))
-    refused(lambda m: hf.load(m, tmp_path), around(make), r"layer: \w+\.weight: .*\. Leave this layer out\.")
-    refused(lambda m: hf.inject(m, {"target_modules": ["layer"]}), around(make), r"layer: \w+\.weight: .*")
+    refused(lambda m: hf.load(m, tmp_path), around(make), ("layer",))
+    refused(lambda m: hf.inject(m, {"target_modules": ["layer"]}), around(make), ("layer",))
 
 
 def put(*calls: tuple[Any, Any, dict[str, Any]], make: Any = Net) -> Any:
@@ -349,39 +340,39 @@ def attention(**config: Any) -> Any:
     return put(("layer", LoRA, {"rank": 2}), ("out_proj", LoRA, {"rank": 2, **config}), make=make)
 
 
-MIXTURES: dict[str, tuple[Any, str]] = {
-    "LoRA and DoRA": (put(("up", LoRA, {}), ("down", DoRA, {})), r"DoRA and LoRA under one name: .*"),
-    "LoRA and IA3": (put(("up", LoRA, {}), ("down", peftlib.IA3, {})), r"LoRA beside IA3 has no place .*"),
-    "two dropouts": (put(("up", LoRA, {"dropout": 0.1}), ("down", LoRA, {})), r"dropout: the layers have .*"),
-    "a weight alone": (put(("up", LoRA, {}), ("head", Full, {"params": "weight"})), r"head\.weight: peft saves .*"),
+MIXTURES: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "LoRA and DoRA": (put(("up", LoRA, {}), ("down", DoRA, {})), ("DoRA", "LoRA")),
+    "LoRA and IA3": (put(("up", LoRA, {}), ("down", peftlib.IA3, {})), ("LoRA", "IA3")),
+    "two dropouts": (put(("up", LoRA, {"dropout": 0.1}), ("down", LoRA, {})), ("dropout",)),
+    "a weight alone": (put(("up", LoRA, {}), ("head", Full, {"params": "weight"})), ("head.weight", "peft")),
     "a pair inside a copy": (put(("layers.1", Full, {}), ("1.up", LoRA, {}), make=lambda: Boxes()),
-                             r"layers\.1\.up: inside a module that is saved whole \(modules_to_save\), .*"),
+                             ("layers.1.up", "modules_to_save")),
     "a copy around a pair": (put(("embed_tokens", LoRA, {}), ("embed_tokens", Full, {})),
-                             r"embed_tokens\.weight: Full lies around the pair on this weight and replaces it\. .*"),
-    "a root": (put(("", Full, {}), make=lambda: nn.Linear(2, 2)), r"the root: peft saves named modules alone\. .*"),
-    "a root with a pair": (put((nn.Linear, LoRA, {}), make=lambda: nn.Linear(2, 2)), r"the root: peft puts .*"),
+                             ("embed_tokens.weight", "Full")),
+    "a root": (put(("", Full, {}), make=lambda: nn.Linear(2, 2)), ("the root", "peft", "modules")),
+    "a root with a pair": (put((nn.Linear, LoRA, {}), make=lambda: nn.Linear(2, 2)), ("the root", "peft")),
     "names that end alike": (put(("up", LoRA, {}), (lambda n, m: n == "layers.0.down", Full, {}), make=lambda: Alike()),
-                             r".*peft saves every module whose name ends like .*"),
-    "two ranks in an attention": (attention(rank=3), r"layer: in_proj and out_proj have different ranks .*"),
-    "two scales in an attention": (attention(alpha=3), r"layer: in_proj and out_proj have different ranks or .*"),
+                             ("peft", "module")),
+    "two ranks in an attention": (attention(rank=3), ("layer", "in_proj", "out_proj")),
+    "two scales in an attention": (attention(alpha=3), ("layer", "in_proj", "out_proj")),
     "dropout beside parameters": (
         put(("shared", LoRA, {"dropout": 0.1}), ("layer", LoRA, {"param": "up"}), make=lambda: Around(Experts())),
-        r"dropout=0\.1: peft refuses dropout beside target_parameters \(layer\.up\)\. .*"),
-    "(IA)³ and LoRA": (put(("up", peftlib.IA3, {}), ("down", LoRA, {})), r".*LoRA.*IA3.*"),
+        ("dropout=0.1", "target_parameters", "layer.up")),
+    "(IA)³ and LoRA": (put(("up", peftlib.IA3, {}), ("down", LoRA, {})), ("LoRA", "IA3")),
     "(IA)³ and a bias": (put(("up", peftlib.IA3, {}), ("down", Full, {"params": "bias"})),
-                         r"peft keeps no learned bias and no rows of weights beside \(IA\)³\. Save them by another .*"),
+                         ("peft", "bias", "(IA)³")),
     "a prompt of an embedding": (put(("embed_tokens", peftlib.Prompt, {"length": 2})),
-                                 r".*: peft's file holds one prompt in front of the whole model, .*"),
+                                 ("peft's", "prompt")),
     "rows of a parameter": (put(("layer", Full, {"rows": [1], "params": "gate"}), make=lambda: Around(Experts())),
-                            r"layer: peft trains rows of an embedding alone\. Use Full without rows\."),
+                            ("layer", "rows", "Full")),
     "one parameter of two": (
         put((lambda n, m: n == "layer", LoRA, {"param": "up"}), make=lambda: Twice()),
-        r"again\.layer\.up: peft adapts every parameter whose name ends like the chosen ones, .* Put LoRA on .*\."),
+        ("again.layer.up", "parameter", "LoRA")),
     "DoRA on a grouped convolution": (
         put(("layer", DoRA, {"rank": 2}), make=lambda: Around(nn.Conv2d(4, 6, 3, groups=2))),
-        r"layer: .*peft has no sound DoRA for it\. .*"),
+        ("layer", "DoRA")),
     "an unknown kind": (
-        put(("up", LoRA, {}), ("down", helpers.Offset, {})), r".*: a file of LoRA has no place for Offset\. .*"),
+        put(("up", LoRA, {}), ("down", helpers.Offset, {})), ("LoRA", "Offset")),
 }  # fmt: skip
 
 
@@ -413,16 +404,16 @@ class Alike(nn.Module):
         self.more_layers = nn.ModuleList([nn.ModuleDict({"down": nn.Linear(2, 2)})])
 
 
-@pytest.mark.parametrize(("make", "message"), MIXTURES.values(), ids=MIXTURES)
-def test_mixtures_that_one_file_of_peft_cannot_hold(make, message, tmp_path):
-    refused(lambda model: hf.save(model, tmp_path / "out"), make(), message)
+@pytest.mark.parametrize(("make", "names"), MIXTURES.values(), ids=MIXTURES)
+def test_mixtures_that_one_file_of_peft_cannot_hold(make, names, tmp_path):
+    refused(lambda model: hf.save(model, tmp_path / "out"), make(), names)
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_target_or_name(tmp_path):
     model = put(("up", LoRA, {}))()
-    refused(lambda m: hf.save(m, tmp_path, target="sglang"), model, r"target='sglang' is none of 'peft', .*")
-    refused(lambda m: hf.save(m, tmp_path, "other"), model, r".* has no adapter named 'other'\. .*")
+    refused(lambda m: hf.save(m, tmp_path, target="sglang"), model, ("target='sglang'", "'peft'"))
+    refused(lambda m: hf.save(m, tmp_path, "other"), model, ("Net", "'other'"))
 
 
 def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
@@ -481,11 +472,9 @@ def test_slices_that_differ_from_group_to_group_get_a_rank_of_their_own(tmp_path
 def test_slices_that_mix_the_groups_are_refused(tmp_path):
     with quiet():
         peft.get_peft_model(grouped(), peft.LoraConfig(r=4, target_modules=["layer"])).save_pretrained(str(tmp_path))
-    message = (
-        r".*: layer: lora_A mixes the channels of the 2 groups, which no weight of a grouped convolution does\. .*"
-    )
-    refused(lambda model: hf.load(model, tmp_path), grouped(), message)
-    refused(lambda model: hf.inject(model, {"r": 3, "target_modules": ["layer"]}), grouped(), r"layer: r=3 is no .*")
+    names = ("layer", "lora_A", "2")
+    refused(lambda model: hf.load(model, tmp_path), grouped(), names)
+    refused(lambda model: hf.inject(model, {"r": 3, "target_modules": ["layer"]}), grouped(), ("layer", "r=3"))
 
 
 # Readers that know one rank and one scale.
@@ -535,5 +524,5 @@ SERVED: dict[str, Any] = {
 @pytest.mark.parametrize("target", ["vllm", "llama.cpp"])
 @pytest.mark.parametrize("make", SERVED.values(), ids=SERVED)
 def test_what_a_reader_cannot_serve_is_refused(make, target, tmp_path):
-    refused(lambda model: hf.save(model, tmp_path / "out", target=target), make(), rf".*({target}|vLLM).*\..*")
+    refused(lambda model: hf.save(model, tmp_path / "out", target=target), make(), ())
     assert not (tmp_path / "out").exists()
