@@ -10,9 +10,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
 import peftlib
-from peftlib import AdapterError, Bottleneck
+from peftlib import Bottleneck
 from support import reference
 from support.hosts import Around, without_fast_path
+from support.refusals import refused
 
 
 def adapter_of(model: nn.Module) -> Any:
@@ -345,94 +346,94 @@ def test_reset_parameters_draws_what_inject_would_have_drawn():
 
 # Refusals
 
-CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "width": ({"width": 0}, r"width=0: a size is a whole number of at least 1\. Pass width=64, say\."),
-    "dim": ({"dim": 2.5}, r"dim=2\.5: a size is a whole number of at least 1\. Pass dim=64, say\."),
-    "reduction": ({"width": None, "reduction": 0.5}, r"reduction=0\.5: the size is divided by .* Pass 16, say\."),
-    "activation": ({"activation": "elu"}, r"activation='elu' is none of 'relu', .*\. Pass one of them\."),
-    "position": ({"position": "before"}, r"position='before' is none of 'after', 'parallel'\. Pass one of them\."),
-    "norm": ({"norm": True}, r"norm=True is none of 'none', 'before', 'after'\. Pass one of them\."),
-    "scale": ({"scale": 0}, r'scale=0: the scale is a positive number or "learned"\. Pass scale=1\.0, say\.'),
-    "scale by name": ({"scale": "big"}, r"scale='big': the scale is a positive number .*\."),
-    "dropout": ({"dropout": 1.0}, r"dropout=1\.0: the probability is in \[0, 1\)\. Pass dropout=0\.1, say\."),
-    "residual": ({"residual": 1}, r"residual=1: it is true or false, .* Leave it out\."),
+CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "width": ({"width": 0}, ("width=0",)),
+    "dim": ({"dim": 2.5}, ("dim=2.5",)),
+    "reduction": ({"width": None, "reduction": 0.5}, ("reduction=0.5",)),
+    "activation": ({"activation": "elu"}, ("activation='elu'", "'relu'")),
+    "position": ({"position": "before"}, ("position='before'", "'after'", "'parallel'")),
+    "norm": ({"norm": True}, ("norm=True", "'none'", "'before'", "'after'")),
+    "scale": ({"scale": 0}, ("scale=0", '"learned"')),
+    "scale by name": ({"scale": "big"}, ("scale='big'",)),
+    "dropout": ({"dropout": 1.0}, ("dropout=1.0",)),
+    "residual": ({"residual": 1}, ("residual=1",)),
     "no residual in parallel": (
         {"position": "parallel", "residual": False},
-        r"residual=False: .* in parallel the bottleneck is added to what the host gives in any case\. Leave it out\.",
+        ("residual=False", "parallel"),
     ),
 }
 
 
-@pytest.mark.parametrize(("config", "message"), CONFIGS.values(), ids=CONFIGS)
-def test_configurations_out_of_range_are_refused(config, message):
-    with pytest.raises(AdapterError, match=r"cannot put Bottleneck into host: " + message):
+@pytest.mark.parametrize(("config", "names"), CONFIGS.values(), ids=CONFIGS)
+def test_configurations_out_of_range_are_refused(config, names):
+    with refused(None, "host", "Bottleneck", *names):
         around(nn.Linear(4, 6), **config)
 
 
-HOSTS: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
+HOSTS: dict[str, tuple[nn.Module, dict[str, Any], tuple[str, ...]]] = {
     "of unknown size": (
         Named(),
         {},
-        r"Named does not say how many features it gives\. Pass dim=, the size of its .*\.",
+        ("Named", "dim="),
     ),
     "without a floating-point input": (
         nn.Embedding(9, 6),
         {"position": "parallel"},
-        r"Embedding does not say how many features it reads\. Use position=\"after\"\.",
+        ("Embedding", 'position="after"'),
     ),
     "with other places": (
         nn.Conv2d(3, 4, 3, stride=2, padding=1),
         {"position": "parallel"},
-        r"Conv2d gives another number of places than it reads, .* Use position=\"after\"\.",
+        ("Conv2d", 'position="after"'),
     ),
 }
 
 
-@pytest.mark.parametrize(("host", "config", "message"), HOSTS.values(), ids=HOSTS)
-def test_hosts_that_it_cannot_adapt_are_refused(host, config, message):
-    with pytest.raises(AdapterError, match=r"cannot put Bottleneck into host: " + message):
+@pytest.mark.parametrize(("host", "config", "names"), HOSTS.values(), ids=HOSTS)
+def test_hosts_that_it_cannot_adapt_are_refused(host, config, names):
+    with refused(None, "host", "Bottleneck", *names):
         around(host, **config)
 
 
-CALLS: dict[str, tuple[nn.Module, dict[str, Any], Any, str]] = {
+CALLS: dict[str, tuple[nn.Module, dict[str, Any], Any, tuple[str, ...]]] = {
     "another size": (
         Named(),
         {"dim": 5},
         torch.randn(2, 6),
-        r"Bottleneck, 5 to 5 features along axis -1, read a tensor of shape \[2, 6\] beside .* Pass dim= and axis=\.",
+        ("Bottleneck", "5", "[2, 6]", "dim=", "axis="),
     ),
     "other places": (
         nn.Sequential(nn.Conv1d(4, 4, 1), nn.MaxPool1d(2)),
         {"position": "parallel"},
         torch.randn(2, 4, 6),
-        r".* read a tensor of shape \[2, 4, 6\] beside hidden states of shape \[2, 4, 3\]\. .* position=\"after\"\.",
+        ("[2, 4, 6]", "[2, 4, 3]", 'position="after"'),
     ),
-    "no hidden states": (Gives(lambda y: y.argmax()), {}, torch.randn(2, 4), r"the host returned torch\.int64, .*\."),
+    "no hidden states": (Gives(lambda y: y.argmax()), {}, torch.randn(2, 4), ("torch.int64",)),
     "nothing": (
         Gives(lambda y: None),
         {},
         torch.randn(2, 4),
-        r"the host returned NoneType, .* Adapt a module inside .*",
+        ("NoneType",),
     ),
     "a dict without tensors": (
         Gives(lambda y: {"loss": 1.0}),
         {},
         torch.randn(2, 4),
-        r"the host returned dict with loss, and none of these is a floating-point tensor\. Adapt .*\.",
+        ("dict", "loss"),
     ),
     "whole numbers in parallel": (
         Named(embed_dim=6),
         {"position": "parallel"},
         torch.ones(2, 6, dtype=torch.int64),
-        r"the host (returned|was called with) torch\.int64.*\.",
+        ("torch.int64",),
     ),
 }
 
 
-@pytest.mark.parametrize(("host", "config", "x", "message"), CALLS.values(), ids=CALLS)
-def test_calls_that_do_not_fit_are_refused(host, config, x, message):
+@pytest.mark.parametrize(("host", "config", "x", "names"), CALLS.values(), ids=CALLS)
+def test_calls_that_do_not_fit_are_refused(host, config, x, names):
     model = around(host, **config)
-    with pytest.raises(AdapterError, match=message):
+    with refused(model, *names):
         model(x)
 
 
@@ -442,15 +443,11 @@ def test_a_host_that_is_called_without_its_first_argument_is_refused():
             return torch.ones(2, 6)
 
     model = around(Defaults(embed_dim=6), position="parallel")
-    with pytest.raises(
-        AdapterError, match=r"the host was called with NoneType for 'x', .* Use position=\"after\", or .*"
-    ):
+    with refused(model, "NoneType", "'x'", 'position="after"'):
         model()
 
 
 def test_it_has_no_weight_form_and_merge_says_so():
     model = around(nn.Linear(4, 6))
-    with pytest.raises(
-        AdapterError, match=r'merge: "default" holds a Bottleneck on host, which has no weight form\. .*'
-    ):
+    with refused(model, "host", "merge", '"default"', "Bottleneck"):
         peftlib.merge(model)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import peftlib
-from peftlib import AdapterError, Full
+from peftlib import Full
 from support import helpers
+from support.refusals import refused
 
 pytestmark = pytest.mark.mutants
 
@@ -83,12 +84,10 @@ def test_a_file_holds_the_rows_alone(tmp_path):
 @pytest.mark.parametrize("rows", [[], [9], [-1], [1, 1], [True], [0.5]], ids=str)
 def test_rows_that_are_not_there(rows):
     model = table()
-    before = helpers.snapshot(model)
-    with pytest.raises(AdapterError, match=r"rows=\[.*\]: Embedding\.weight has shape \(9, 5\), .* each once\."):
+    with refused(model, f"rows={rows}", "Embedding.weight", "(9, 5)"):
         peftlib.inject(model, "0", Full, params="weight", rows=rows)
-    assert helpers.changes(before, model) == []
 
 
 def test_a_vector_has_no_rows():
-    with pytest.raises(AdapterError, match=r"Linear\.bias has shape \(9,\), .* Name rows of a floating-point matrix"):
+    with refused(None, "Linear.bias", "(9,)"):
         peftlib.inject(head(), "0", Full, rows=[1])

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import peftlib
-from peftlib import IA3, AdapterError
+from peftlib import IA3
 from support.hosts import Around
+from support.refusals import refused
 
 
 def factor_of(model: nn.Module) -> Any:
@@ -194,41 +195,39 @@ def test_the_recipe_of_the_paper_is_three_calls():
 
 # Refusals
 
-REFUSED: dict[str, tuple[nn.Module, dict[str, Any], str]] = {
-    "another side": (nn.Linear(4, 6), {"on": "both"}, r"on='both' is none of 'output', 'input'\. Pass one of them\."),
+REFUSED: dict[str, tuple[nn.Module, dict[str, Any], tuple[str, ...]]] = {
+    "another side": (nn.Linear(4, 6), {"on": "both"}, ("on='both'", "'output'", "'input'")),
     "a recurrent host": (
         nn.LSTM(4, 6),
         {},
-        r"IA3 does not know which of the weights of LSTM give .*\. Target Linear, .*\.",
+        ("LSTM", "Linear"),
     ),
     "the input of a norm": (
         nn.LayerNorm(6),
         {"on": "input"},
-        r'on="input": LayerNorm has no input that a factor can scale alone\. Use on="output"\.',
+        ('on="input"', "LayerNorm", 'on="output"'),
     ),
     "a norm without weights": (
         nn.LayerNorm(6, elementwise_affine=False),
         {},
-        r"LayerNorm has no weight \(it is not affine\), so the factor has no weight form\. Exclude it\.",
+        ("LayerNorm", "affine"),
     ),
     "a dtype that is none": (
         nn.Linear(4, 6),
         {"dtype": "int8"},
-        r"dtype: 'int8' is no floating-point dtype\. Use .*\.",
+        ("dtype", "'int8'"),
     ),
 }
 
 
-@pytest.mark.parametrize(("host", "config", "message"), REFUSED.values(), ids=REFUSED)
-def test_hosts_and_configurations_that_are_refused(host, config, message):
-    with pytest.raises(AdapterError, match=r"cannot put IA3 into host: " + message):
+@pytest.mark.parametrize(("host", "config", "names"), REFUSED.values(), ids=REFUSED)
+def test_hosts_and_configurations_that_are_refused(host, config, names):
+    with refused(None, "host", "IA3", *names):
         around(host, **config)
 
 
 def test_a_child_that_attention_reads_is_refused_with_the_fix():
-    with pytest.raises(
-        AdapterError, match=r"reads the weights of its child 'out_proj' .* Target the MultiheadAttention"
-    ):
+    with refused(None, "host.out_proj", "IA3", "MultiheadAttention"):
         peftlib.inject(Around(nn.MultiheadAttention(6, 2)), "out_proj", IA3)
 
 
@@ -245,5 +244,5 @@ def test_a_packed_weight_is_scaled_live_and_refused_at_merge():
 
     model, x = around(Packed()), torch.randn(3, 4)
     assert torch.allclose(model(x), x.sum(1, keepdim=True) * factor_of(model))
-    with pytest.raises(AdapterError, match=r"host\.weight: it is quantised \(torch\.int8\), .* Keep the adapter live"):
+    with refused(model, "host.weight", "torch.int8"):
         peftlib.merge(model)

@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import peftlib
-from peftlib import AdapterError, Prefix
+from peftlib import Prefix
 from support.dense_attention import Own, as_heads, by_hand, dense, flash_by_hand, flex_uncompiled, use
+from support.refusals import refused
 from support.zoo import BY_NAME, ZOO, GroupedQueryAttention
 
 pytestmark = [  # torch's own, where flex_attention is traced and not compiled
@@ -501,7 +502,7 @@ def test_every_implementation_of_transformers_equals_the_reference(
         expected = logits(base, inputs)
     with attending(model, implementation, monkeypatch):
         if animal.name == "gemma2" and implementation == "flash_attention_2" and not gate:
-            with pytest.raises(AdapterError, match="flash attention with a window of 4 over 7 keys would hide"):
+            with refused(None, "flash", "4", "7"):
                 model(**inputs)
             use_windows(model, 7)
             use_windows(base, 7)
@@ -604,7 +605,7 @@ def test_a_checkpoint_inside_the_host_never_goes_wrong_in_silence():
     x = torch.randn(2, 5, 16, requires_grad=True)
     model = Inside(reentrant=True)
     put(model, Inside)
-    with pytest.raises(AdapterError, match="Prefix around Inside: its attention runs without gradients"):
+    with refused(None, "Inside", "gradients"):
         model(x)
     model = Inside(reentrant=False)
     put(model, Inside)
@@ -718,7 +719,7 @@ def test_the_host_s_config_is_its_own_again_after_each_call_and_each_failure():
     use(model, "eager")
     put(model, "layers.0.self_attn", heads=3)
     host, config = model.model.layers[0].self_attn, model.config
-    with pytest.raises(AdapterError, match=r"do not fit 3 key and value heads of 4\. Pass heads="):
+    with refused(None, "3", "4", "heads="):
         model(**BY_NAME["llama"].inputs())
     assert host.__dict__["config"] is config
 
@@ -827,57 +828,57 @@ def called(*shapes: tuple[int, ...]) -> Callable[[nn.Module], Any]:
 
 
 CALLED = {
-    "no attention": (Silent, {}, called((2, 3, 4)), "Prefix around Silent: no attention call was seen"),
+    "no attention": (Silent, {}, called((2, 3, 4)), ("Silent",)),
     "two attentions": (decoder, {}, called((2, 3, 8), (2, 3, 8)),
-                       "Prefix around TransformerDecoderLayer: it makes more than one attention call"),
-    "other heads": (lambda: Core(3, 4), {}, called(*[(2, 4, 5, 4)] * 3), r"\(2, 4, 5, 4\), which do not fit 3 key and"),
-    "another width": (lambda: Core(2, 4), {}, called(*[(2, 4, 5, 6)] * 3), "do not fit 2 key and value heads of 4"),
+                       ("TransformerDecoderLayer", "one")),
+    "other heads": (lambda: Core(3, 4), {}, called(*[(2, 4, 5, 4)] * 3), ("Core", "(2, 4, 5, 4)", "3")),
+    "another width": (lambda: Core(2, 4), {}, called(*[(2, 4, 5, 6)] * 3), ("Core", "2", "4")),
     "another value width": (lambda: Core(2, 4), {}, called((2, 2, 5, 4), (2, 2, 5, 4), (2, 2, 5, 3)),
-                            "do not fit 2 key and value heads of 4. Pass heads=, head_dim= and value_dim="),
+                            ("Core", "2", "4", "heads=", "head_dim=", "value_dim=")),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "config", "act", "message"), CALLED.values(), ids=CALLED)
-def test_calls_that_are_refused(make, config, act, message):
+@pytest.mark.parametrize(("make", "config", "act", "names"), CALLED.values(), ids=CALLED)
+def test_calls_that_are_refused(make, config, act, names):
     model = make()
     put(model, type(model), **config)
-    with pytest.raises(AdapterError, match=message):
+    with refused(model, *names):
         act(model)
     peftlib.eject(model)
-    if "more than one" in message or "no attention" in message:
+    if make in (Silent, decoder):
         act(model)
 
 
 MADE = {
-    "length": ({"length": 0}, "length=0: a prefix has at least one key"),
-    "reparametrize": ({"reparametrize": 0}, "reparametrize=0 is no width"),
-    "init": ({"init": "zeros"}, "init='zeros' is unknown. Use \"normal\""),
-    "heads": ({}, "Linear does not say how many key and value heads .* Pass heads= and head_dim="),
+    "length": ({"length": 0}, ("length=0",)),
+    "reparametrize": ({"reparametrize": 0}, ("reparametrize=0",)),
+    "init": ({"init": "zeros"}, ("init='zeros'", '"normal"')),
+    "heads": ({}, ("Linear", "heads=", "head_dim=")),
 }
 
 
-@pytest.mark.parametrize(("config", "message"), MADE.values(), ids=MADE)
-def test_configurations_that_are_refused(config, message):
+@pytest.mark.parametrize(("config", "names"), MADE.values(), ids=MADE)
+def test_configurations_that_are_refused(config, names):
     model = nn.Sequential(nn.Linear(4, 4)) if not config else GroupedQueryAttention()
-    with pytest.raises(AdapterError, match=message):
+    with refused(model, *names):
         peftlib.inject(model, "0" if not config else GroupedQueryAttention, Prefix, **config)
 
 
 def test_too_few_tokens_to_start_from_are_refused():
     model = GroupedQueryAttention()
     peftlib.inject(model, GroupedQueryAttention, Prefix, length=9)
-    with pytest.raises(AdapterError, match="start_from: 5 tokens for a prefix of 9"):
+    with refused(model, "start_from", "5", "9"):
         Prefix.start_from(model, torch.randn(1, 5, 16))
     peftlib.eject(model)
     peftlib.inject(model, GroupedQueryAttention, Prefix, length=2, reparametrize=4)
-    with pytest.raises(AdapterError, match="start_from: these keys and values come from a perceptron"):
+    with refused(model, "start_from", "values"):
         Prefix.start_from(model, torch.randn(1, 5, 16))
 
 
 def test_it_cannot_be_merged_and_says_so():
     model = GroupedQueryAttention()
     put(model, GroupedQueryAttention)
-    with pytest.raises(AdapterError, match="Prefix"):
+    with refused(model, "merge", "Prefix"):
         peftlib.merge(model)
 
 
@@ -886,7 +887,7 @@ def test_keywords_that_may_count_keys_are_refused(name):
     model, inputs = BY_NAME["llama"].make(), BY_NAME["llama"].inputs()
     use(model, "eager")
     put(model, "self_attn")
-    with pytest.raises(AdapterError, match=f"its attention takes '{name}', which may count keys"):
+    with refused(model, "LlamaAttention", f"'{name}'"):
         model(**inputs, **{name: torch.tensor([0, 7])})
 
 
@@ -896,7 +897,7 @@ def test_packed_sequences_under_flash_attention_are_refused(monkeypatch):
     tokens, positions = torch.arange(3, 10)[None], torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
     with (
         attending(model, "flash_attention_2", monkeypatch),
-        pytest.raises(AdapterError, match="flash attention with sequences packed into one row would hide"),
+        refused(model, "flash", "packed"),
     ):
         model(input_ids=tokens, position_ids=positions, use_cache=False)
 
@@ -917,5 +918,5 @@ def test_a_module_around_an_eager_attention_is_no_host():
     model = BY_NAME["bert"].make()
     use(model, "eager")
     put(model, "layer.0.attention")
-    with pytest.raises(AdapterError, match="Prefix around BertAttention: no attention call was seen"):
+    with refused(None, "BertAttention"):
         model(**BY_NAME["bert"].inputs())

@@ -8,7 +8,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 import peftlib
-from peftlib import AdapterError, Prompt
+from peftlib import Prompt
+from support.refusals import refused
 from support.zoo import BY_NAME, GroupedQueryModel
 
 DIGITS = 1e-10
@@ -244,37 +245,37 @@ def inputs_of(name: str) -> dict[str, Any]:
 
 PLACES = {
     "an embedding inside": ("llama", "embed_tokens",
-                            "LlamaForCausalLM around this embedding takes masks, .* Target the LlamaForCausalLM, or"),
-    "no embeddings": ("vit", hf.ViTForImageClassification, "no model that takes inputs_embeds, and no .* use Prefix"),
-    "a linear": ("llama", "lm_head", "Linear is no model that takes inputs_embeds"),
-    "two stacks": ("t5", hf.T5ForConditionalGeneration, "has an encoder and a decoder, .* Target the encoder, or use"),
+                            ("LlamaForCausalLM", "masks")),
+    "no embeddings": ("vit", hf.ViTForImageClassification, ("inputs_embeds", "Prefix")),
+    "a linear": ("llama", "lm_head", ("Linear", "inputs_embeds")),
+    "two stacks": ("t5", hf.T5ForConditionalGeneration, ("encoder", "decoder")),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "target", "message"), PLACES.values(), ids=PLACES)
-def test_places_that_are_refused(name, target, message):
+@pytest.mark.parametrize(("name", "target", "names"), PLACES.values(), ids=PLACES)
+def test_places_that_are_refused(name, target, names):
     model = BY_NAME[name].make()
-    with pytest.raises(AdapterError, match=message):
+    with refused(model, *names):
         peftlib.inject(model, target, Prompt)
     assert not hasattr(model, "adapters")
 
 
 CALLS = {
-    "a pooled output": ("bert", {}, r"returns logits \(3, 2\), not one row for each token: .* Use Prefix"),
-    "masks of layers": ("llama", {"attention_mask": torch.ones(3, 1, 7, 7).bool()}, r"mask is \(3, 1, 7, 7\)"),
-    "masks by kind": ("llama", {"attention_mask": {"full_attention": None}}, "attention_mask is dict, of masks"),
-    "other tensors": ("llama", {"token_weights": torch.ones(3, 7)}, "token_weights has a value for each token"),
-    "other shapes": ("llama", {"position_ids": torch.zeros(3, 3, 7)}, r"position_ids is \(3, 3, 7\), and the tokens"),
-    "no names": ("llama", {"return_dict": False}, "returned tuple, without names. Use return_dict=True"),
-    "no tokens": ("llama", {"input_ids": None}, "neither input_ids nor inputs_embeds"),
+    "a pooled output": ("bert", {}, ("logits (3, 2)", "Prefix")),
+    "masks of layers": ("llama", {"attention_mask": torch.ones(3, 1, 7, 7).bool()}, ("attention_mask", "(3, 1, 7, 7)")),
+    "masks by kind": ("llama", {"attention_mask": {"full_attention": None}}, ("attention_mask", "dict")),
+    "other tensors": ("llama", {"token_weights": torch.ones(3, 7)}, ("token_weights",)),
+    "other shapes": ("llama", {"position_ids": torch.zeros(3, 3, 7)}, ("position_ids", "(3, 3, 7)")),
+    "no names": ("llama", {"return_dict": False}, ("tuple", "return_dict=True")),
+    "no tokens": ("llama", {"input_ids": None}, ("input_ids", "inputs_embeds")),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "more", "message"), CALLS.values(), ids=CALLS)
-def test_calls_that_are_refused(name, more, message):
+@pytest.mark.parametrize(("name", "more", "names"), CALLS.values(), ids=CALLS)
+def test_calls_that_are_refused(name, more, names):
     model = BY_NAME[name].make()
     peftlib.inject(model, type(model), Prompt, length=LENGTH)
-    with pytest.raises(AdapterError, match=message):
+    with refused(model, *names):
         model(**{**inputs_of(name), **more})
 
 
@@ -283,26 +284,26 @@ def test_a_cache_that_was_filled_without_the_prompt_is_refused():
     tokens = torch.arange(3, 10)[None]
     with peftlib.activate(model):
         cache = model(input_ids=tokens, use_cache=True).past_key_values
-    with pytest.raises(AdapterError, match="the cache holds 7 positions, and attention_mask 8 with 1 new ones"):
+    with refused(model, "7", "attention_mask", "8", "1"):
         model(input_ids=tokens[:, :1], past_key_values=cache, attention_mask=torch.ones(1, 8))
 
 
 CONFIGS = {
-    "length": ({"length": 0}, "length=0: a prompt has at least one vector"),
-    "init": ({"init": "zeros"}, "init='zeros' is unknown"),
-    "no ids": ({"init": []}, r"init=\[\] is unknown"),
+    "length": ({"length": 0}, ("length=0",)),
+    "init": ({"init": "zeros"}, ("init='zeros'",)),
+    "no ids": ({"init": []}, ("init=[]",)),
 }
 
 
-@pytest.mark.parametrize(("config", "message"), CONFIGS.values(), ids=CONFIGS)
-def test_configurations_that_are_refused(config, message):
-    with pytest.raises(AdapterError, match=message):
+@pytest.mark.parametrize(("config", "names"), CONFIGS.values(), ids=CONFIGS)
+def test_configurations_that_are_refused(config, names):
+    with refused(None, *names):
         peftlib.inject(GroupedQueryModel(), "embedding", Prompt, **config)
 
 
 def test_it_cannot_be_merged_and_says_so():
     model, _ = prompted(BY_NAME["llama"])
-    with pytest.raises(AdapterError, match="Prompt"):
+    with refused(model, "merge", "Prompt"):
         peftlib.merge(model)
 
 
