@@ -148,7 +148,7 @@ def require_one_copy(model: nn.Module, names: Collection[str], doing: str) -> No
             if both is not None:
                 raise AdapterError(
                     f'{doing}: "{both}" and "{name}" each have a copy of {f"{host_name}.{path}".lstrip(".")}, and two '
-                    f"copies have no sum. Keep one of them active: peftlib.activate(model, {name!r})."
+                    "copies have no sum. Only one of them can be active: peftlib.activate(model) switches all off."
                 )
             others.append((name, rows))
 

@@ -11,7 +11,19 @@ from torch import nn
 
 import peftlib
 from peftlib import AdapterError, Full, LoRA
-from support.helpers import Gain, bits, changes, linears, modules, moved, network, same_bits, snapshot, tokens
+from support.helpers import (
+    Gain,
+    base_bits,
+    bits,
+    changes,
+    linears,
+    modules,
+    moved,
+    network,
+    same_bits,
+    snapshot,
+    tokens,
+)
 
 pytestmark = pytest.mark.mutants
 
@@ -413,3 +425,71 @@ def test_a_model_with_buffers_on_hooks_and_cycles_can_be_viewed():
     x = torch.ones(1, 4)
     assert other[0].friend[0] is other
     assert same_bits(other(x), model(x))
+
+
+# ---- copies of one weight, and merged models
+
+
+def two_copies(first: Any = None, second: Any = None) -> Any:
+    model = network()
+    peftlib.inject(model, "head", Full, name="a", **(first or {}))
+    peftlib.activate(model)
+    peftlib.inject(model, "head", Full, name="b", **(second or {}))
+    peftlib.activate(model, "a")
+    return model
+
+
+CHOICES: dict[str, Any] = {
+    "activate": lambda model: peftlib.activate(model, "a", "b"),
+    "view": lambda model: peftlib.view(model, "a", "b"),
+    "merge": lambda model: peftlib.merge(model, "b", "a"),
+    "merged_state_dict": lambda model: list(peftlib.merged_state_dict(model, "a", "b")),
+    "inject": lambda model: peftlib.inject(model, "head", Full, name="c"),
+}
+
+
+@pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
+def test_two_copies_of_one_weight_are_refused_together(choose):
+    model = two_copies()
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match=r'"a".*head\.weight') as refusal:
+        choose(model)
+    assert '"b"' in str(refusal.value) or '"c"' in str(refusal.value)
+    assert changes(before, model) == []
+
+
+def test_copies_of_other_weights_or_other_rows_act_together():
+    bias_and_weight = two_copies({"params": "bias"}, {"params": "weight"})
+    peftlib.activate(bias_and_weight, "a", "b")
+    rows = two_copies({"params": "weight", "rows": [0]}, {"params": "weight", "rows": [1, 2]})
+    peftlib.activate(rows, "a", "b")
+    both = two_copies({"params": "weight", "rows": [0, 1]}, {"params": "weight", "rows": [1, 2]})
+    with pytest.raises(AdapterError, match=r"head\.weight"):
+        peftlib.activate(both, "a", "b")
+
+
+def test_a_copy_inside_a_block_that_is_copied_whole_is_one_too():
+    model = network()
+    peftlib.inject(model, "layers.0", Full, name="block")
+    with pytest.raises(AdapterError, match=r'"block" and "inner".*layers\.0\.q_proj\.weight'):
+        peftlib.inject(model, "layers.0.q_proj", Full, name="inner")
+
+
+@pytest.mark.parametrize("names", [(), ("other",)])
+def test_a_merged_model_is_unmerged_for_the_block_and_merged_again_to_the_bit(names):
+    model, base = network(), network()
+    peftlib.inject(model, nn.Linear, LoRA, rank=2)
+    peftlib.inject(model, "head", Full, name="other")
+    moved(model)
+    with peftlib.activate(model, *names):
+        expected = model(tokens())
+    peftlib.merge(model, "default")
+    merged_bits, merged_output = base_bits(model), model(tokens())
+    with peftlib.activate(model, *names):
+        assert same_bits(model(tokens()), expected)
+        assert base_bits(model) == base_bits(base)
+    assert base_bits(model) == merged_bits
+    assert same_bits(model(tokens()), merged_output)
+    peftlib.unmerge(model)
+    assert base_bits(model) == base_bits(base)
+    assert {row.name for row in peftlib.summary(model).rows if row.state == "active"} == {"default", "other"}

@@ -484,9 +484,6 @@ def first_then_unmerge(doing: str) -> tuple[str, ...]:
 STATES = {
     "inject into a merged model": Refusal(merged_model, inject("1", name="c"), first_then_unmerge("inject")),
     "eject from a merged model": Refusal(merged_model, peftlib.eject, first_then_unmerge("eject")),
-    "activate in a merged model": Refusal(
-        merged_model, lambda model: peftlib.activate(model, "other"), first_then_unmerge("activate")
-    ),
     "a view of a merged model": Refusal(merged_model, peftlib.view, first_then_unmerge("view")),
     "verify a merged model": Refusal(
         merged_model, lambda model: peftlib.verify(model, torch.ones(1, 4)), first_then_unmerge("verify")

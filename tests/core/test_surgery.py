@@ -220,8 +220,9 @@ def test_eject_leaves_everything_as_it_was(make, targets, kind):
     first.requires_grad_(False)
     model.register_forward_hook(lambda *_: None)
     before = snapshot(model)
-    for name in ("a", "b"):
-        peftlib.inject(model, targets, kind, name=name)
+    peftlib.inject(model, targets, kind, name="a")
+    peftlib.activate(model)
+    peftlib.inject(model, targets, kind, name="b")
     assert changes(before, model) != []
     moved(model)
     peftlib.eject(model, "a")

@@ -318,6 +318,7 @@ def test_an_adapter_can_be_given_another_name_on_loading(path):
     peftlib.save(model, path)
     other = network()
     peftlib.load(other, path)
+    peftlib.activate(other)
     peftlib.load(other, path, name="twin")
     assert adapter_bits(other, "twin") == adapter_bits(other, "default") == adapter_bits(model)
     peftlib.activate(other, "twin")
