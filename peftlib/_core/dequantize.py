@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .clone import clone
-from .host import adapters_of, base_type, become, parts, require_unwrapped
+from .host import adapters_of, base_type, parts, replace_class, require_unwrapped
 from .merged_weights import full_precision
 from .quantized import quantized_as, wraps_others
 from .walk import hosts
@@ -42,7 +42,7 @@ def dequantize_linears(model: nn.Module, names: tuple[str, ...]) -> dict[str, Pr
         require_unwrapped(name, host)
         with full_precision(host):
             probes[name] = _probe(host, names)
-            become(host, _plain(host))
+            replace_class(host, _plain(host))
     return probes
 
 

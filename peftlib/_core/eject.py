@@ -8,7 +8,7 @@ from .._errors import AdapterError
 from .dequantize import dequantize_linears
 from .foreign import fast_paths_around
 from .freeze import held_modules, unfreeze_base
-from .host import Selection, all_or_nothing, parts, release, require_on_top, take
+from .host import Selection, all_or_nothing, detach, parts, require_on_top, take
 from .inject import require_changeable
 from .merge import forget_backups, unmerge
 from .merge import merge as fold_in
@@ -123,6 +123,6 @@ def _take_out(model: nn.Module, name: str | None, *, keep_buffers: bool) -> None
         for host_name, host in [*hosts(model)]:
             if id(host) not in needed:
                 require_on_top(host_name, host)
-                release(host)
+                detach(host)
         if not adapted:
             unfreeze_base(model, keep_buffers=keep_buffers)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .foreign import keeps_statistics
-from .host import BUFFERS, Selection, adapters_of, adopt
+from .host import BUFFERS, Selection, adapters_of, attach
 from .merge import base_weight
 from .walk import candidates, hosts
 
@@ -29,7 +29,7 @@ def freeze_base(model: nn.Module, selection: Selection) -> None:
         if kept or keeps_statistics(module):
             module.__dict__.setdefault(BUFFERS, kept)
         if keeps_statistics(module):
-            adopt(name, module, selection)
+            attach(name, module, selection)
 
 
 def unfreeze_base(model: nn.Module, *, keep_buffers: bool) -> None:

@@ -86,20 +86,23 @@ class Adapted:
         return rebuilt_host, (base_type(type(self)),), without_overrides(self, state), *rest
 
 
-_classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+# Values are weak: an adapted class holds its base, so a strong one would keep classes that others make for an instance.
+_classes: weakref.WeakValueDictionary[type, type] = weakref.WeakValueDictionary()
 
 
 def _adapted(cls: type) -> type:
     """One class for all hosts of a type, under the type's own name: others look a class up by it."""
-    if cls not in _classes:
+    made = _classes.get(cls)
+    if made is None:
         namespace = {
             **{key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")},
             "forward": _forward_around(cls),
             **methods_of_items(cls),
             **_overrides(cls),
         }
-        _classes[cls] = types.new_class(cls.__name__, (Adapted, cls), {}, lambda ns: ns.update(namespace))
-    return _classes[cls]
+        made = types.new_class(cls.__name__, (Adapted, cls), {}, lambda ns: ns.update(namespace))
+        _classes[cls] = made
+    return made
 
 
 def _forward_around(cls: Any) -> Callable[..., Any]:
@@ -191,7 +194,7 @@ def parts(host: nn.Module, names: Container[str] | None = None) -> list[Adapter]
     return [adapter for adapter in found if names is None or adapter.name in names]
 
 
-def adopt(name: str, host: Any, selection: Selection) -> None:
+def attach(name: str, host: Any, selection: Selection) -> None:
     """Makes a module a host, with no adapter yet."""
     if is_host(host):
         return
@@ -215,7 +218,7 @@ def adopt(name: str, host: Any, selection: Selection) -> None:
         host.__dict__[place] = types.MethodType(type(host).forward, host)
 
 
-def release(host: Any) -> None:
+def detach(host: Any) -> None:
     """Makes an empty host the module that it was."""
     del host.adapters
     place = place_of_forward(host)
@@ -227,7 +230,7 @@ def release(host: Any) -> None:
         host.__dict__["forward"] = inner
 
 
-def become(host: Any, other: nn.Module) -> None:
+def replace_class(host: Any, other: nn.Module) -> None:
     """Makes a host a host of another type, with the other's tensors and attributes. Of its own it keeps its adapters,
     its mode, the hooks around its call, and what peftlib remembers of it."""
     kept = {key: value for key, value in vars(host).items() if key in _KEPT or key.startswith("_peftlib")}

@@ -15,8 +15,8 @@ from .freeze import freeze_base, statistics_held
 from .host import (
     Adapters,
     adapters_of,
-    adopt,
     all_or_nothing,
+    attach,
     is_host,
     put,
 )
@@ -94,9 +94,9 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
     with all_or_nothing(model):
         selection = share_selection(model)
         for around in fast_paths_around(model, {id(item.host) for item in placed}):
-            adopt(type(around).__name__, around, selection)
+            attach(type(around).__name__, around, selection)
         for host_name, host, adapter in placed:
-            adopt(host_name, host, selection)
+            attach(host_name, host, selection)
             put(host, adapter)
             if adapter.name not in selection.active:
                 selection.active += (adapter.name,)

@@ -2,9 +2,11 @@
 
 import copy
 import functools
+import gc
 import inspect
 import math
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -853,3 +855,14 @@ def test_nothing_warns(recwarn):
         peftlib.merge(model)
         peftlib.eject(model, merge=True)
     assert list(recwarn) == []
+
+
+def test_a_class_that_was_made_for_one_module_is_gone_with_it():
+    """As torch's parametrizations make one for each module."""
+    model = weight_norm(nn.Linear(4, 4))
+    made = weakref.ref(type(model))
+    peftlib.inject(model, lambda name, module: name == "", LoRA, rank=2)
+    peftlib.eject(model)
+    del model
+    gc.collect()
+    assert made() is None
