@@ -7,7 +7,7 @@ import torch
 from models import contenders
 from torch import nn
 
-TESTS = "tests/test_kernels_lora.py"
+TESTS = "tests/kernels/test_kernels_lora.py"
 
 
 def infer(model: nn.Module, x: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -7,7 +7,7 @@ import torch
 from models import contenders
 from torch import nn
 
-TESTS = "tests/test_kernels_lora.py"
+TESTS = "tests/kernels/test_kernels_lora.py"
 # width, tokens, blocks, rank: the two shapes that decide (one bound by arithmetic, one by Python), and what lies around
 SHAPES = [
     (128, 16, 4, 8),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TESTS = Path(__file__).resolve().parent.parent / "tests" / "test_kernels_triton.py"
+TESTS = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "test_kernels_triton.py"
 
 
 class Problem(NamedTuple):

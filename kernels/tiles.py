@@ -1,7 +1,7 @@
 """Tile shapes by problem and device, each with why; a table in place of `@triton.autotune`, which needs a driver.
 
 Registers and shared memory are those of an ahead-of-time compile at rank 16 in bfloat16, which
-`tests/test_kernels_compile.py` repeats and holds to no spill. No choice here has been timed on a GPU.
+`tests/kernels/test_kernels_compile.py` repeats and holds to no spill. No choice here has been timed on a GPU.
 """
 
 from dataclasses import dataclass
