@@ -61,7 +61,7 @@ tables: .venv/.with-demo
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/forgetting.py
 
 gpu-check: .venv/.with-test
-	$(BIN)/python -m peftlib.kernels.gpu_check
+	$(BIN)/python benchmarks/gpu_check.py
 
 docs docs-serve: export NO_MKDOCS_2_WARNING := 1
 docs: .venv/.with-docs

@@ -41,5 +41,7 @@ def bench_convolution(contest, dropout: float) -> None:
     models["HF peft"] = PEERS["HF peft"](_convolution(64), 8, dropout)
     runs = {name: step(model, x) for name, model in models.items()}
     contest(
-        f"layer 3x3 convolution, 64 channels, 8x28x28, r=8 p={dropout}", runs, tests="tests/kernels/test_kernels_dropped.py"
+        f"layer 3x3 convolution, 64 channels, 8x28x28, r=8 p={dropout}",
+        runs,
+        tests="tests/kernels/test_kernels_dropped.py",
     )

@@ -1,12 +1,14 @@
 """The Triton kernels: right at odd shapes, in bounds, without races, with few bytes, and as PyTorch operators.
 
-Without a GPU they run in the interpreter; `python -m peftlib.kernels.gpu_check` runs this file compiled.
+Without a GPU they run in the interpreter; `make gpu-check` runs this file compiled.
 """
 
+import importlib
 import importlib.util
 import math
 import os
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +27,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic alg
 
 from peftlib.kernels import (
     aten,
-    gpu_check,
     lora_add,
     lora_linear,
     mode,
@@ -50,6 +51,7 @@ from peftlib.kernels import (
 from tools.triton.mutants import mutant
 from tools.triton.traffic import counted
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_CPU = pytest.mark.skipif(DEVICE != "cpu", reason="looks into the interpreter")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -735,8 +737,16 @@ def test_compiled_lora_linear_is_one_graph_that_keeps_x_and_a_seed():
 # ------------------------------------------------------------------ gpu_check
 
 
+@pytest.fixture
+def gpu_check(monkeypatch):
+    """The program of `make gpu-check`, which is no part of the package."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module("gpu_check")
+    sys.modules.pop("gpu_check")
+
+
 @ON_CPU
-def test_gpu_check_prints_its_table_from_the_interpreter(capsys):
+def test_gpu_check_prints_its_table_from_the_interpreter(capsys, gpu_check):
     small = ["--tokens=20", "--in=64", "--out=48", "--rank=4", "--repeats=1"]
     assert gpu_check.main(["--interpret", *small]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -748,7 +758,7 @@ def test_gpu_check_prints_its_table_from_the_interpreter(capsys):
 
 
 @ON_CPU
-def test_gpu_check_refuses_without_a_gpu(capsys):
+def test_gpu_check_refuses_without_a_gpu(capsys, gpu_check):
     assert gpu_check.main([]) == 2
     assert "finds no CUDA or ROCm GPU. Run it on a machine with one" in capsys.readouterr().err
 
@@ -757,26 +767,27 @@ def test_gpu_check_refuses_without_a_gpu(capsys):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda patch: patch.setattr(gpu_check, "find_spec", lambda name: None), "Triton is not installed, .* Install"),
-        (lambda patch: patch.setattr(gpu_check, "TESTS", Path("nowhere")), "nowhere is not there. Run it from a check"),
+        ({"find_spec": lambda name: None}, "Triton is not installed, .* Install"),
+        ({"TESTS": Path("nowhere")}, "nowhere is not there. Run it from a check"),
     ],
     ids=["no Triton", "no tests"],
 )
-def test_gpu_check_refuses_where_it_could_check_nothing(spoil, message, capsys, monkeypatch):
+def test_gpu_check_refuses_where_it_could_check_nothing(spoil, message, capsys, monkeypatch, gpu_check):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    spoil(monkeypatch)
+    for name, value in spoil.items():
+        monkeypatch.setattr(gpu_check, name, value)
     assert gpu_check.main([]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
 @ON_CPU
-def test_gpu_check_goes_on_where_there_is_a_gpu_and_the_tests(monkeypatch):
+def test_gpu_check_goes_on_where_there_is_a_gpu_and_the_tests(monkeypatch, gpu_check):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert gpu_check._refusal(interpret=False) is None
 
 
 @ON_CPU
-def test_gpu_check_times_nothing_while_a_test_fails(capsys, monkeypatch):
+def test_gpu_check_times_nothing_while_a_test_fails(capsys, monkeypatch, gpu_check):
     monkeypatch.setattr(gpu_check, "_refusal", lambda interpret: None)
     monkeypatch.setattr(gpu_check.subprocess, "run", lambda *a, **k: type("Failed", (), {"returncode": 1}))
     assert gpu_check.main([]) == 1

@@ -1,6 +1,6 @@
-"""`python -m peftlib.kernels.gpu_check`: tests the kernels compiled on this machine's GPU, then times them.
+"""`python benchmarks/gpu_check.py`: tests the kernels compiled on this machine's GPU, then times them.
 
-Nothing is timed while a test fails. It needs a checkout, for the tests are not part of the installed package.
+Nothing is timed while a test fails.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the tests, then the table; the exit status is 0 if both went through."""
-    parser = argparse.ArgumentParser(prog="python -m peftlib.kernels.gpu_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python benchmarks/gpu_check.py", description=__doc__)
     for name, value in (("tokens", 8192), ("in", 4096), ("out", 4096), ("rank", 16), ("repeats", 30)):
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default {value}")
     parser.add_argument("--interpret", action="store_true", help="on the CPU in the interpreter; times mean nothing")
@@ -70,14 +70,13 @@ def _refusal(interpret: bool) -> str | None:
     if not torch.cuda.is_available():
         return "gpu_check: PyTorch finds no CUDA or ROCm GPU. Run it on a machine with one, or give --interpret."
     if not TESTS.exists():
-        return f"gpu_check: {TESTS} is not there. Run it from a checkout, not from an installed package."
+        return f"gpu_check: {TESTS} is not there. Run it from a checkout that is whole."
     return None
 
 
 def rows(problem: Problem, repeats: int) -> list[Row]:
     """Times each op beside what PyTorch would do in its place."""
-    from . import philox, triton_launchers
-    from .lora import lora_linear
+    from peftlib.kernels import lora_linear, philox, triton_launchers
 
     M, K, N, rank, device, dtype = problem
 
