@@ -76,7 +76,8 @@ def _refusal(interpret: bool) -> str | None:
 
 def rows(problem: Problem, repeats: int) -> list[Row]:
     """Times each op beside what PyTorch would do in its place."""
-    from peftlib.kernels import lora_linear, philox, triton_launchers
+    from peftlib.kernels import lora_linear, philox
+    from peftlib.kernels.lora import triton as triton_launchers
 
     M, K, N, rank, device, dtype = problem
 

@@ -1,9 +1,9 @@
 """The hot paths of the adapters, each usable by itself; importing this imports no Triton."""
 
-from .bottleneck import bottleneck as bottleneck
+from .bottleneck.bottleneck import bottleneck as bottleneck
 from .dora import dora_norm as dora_norm
 from .dropped import dropped as dropped
-from .embedding import lora_embedding as lora_embedding
-from .lora import join_pairs as join_pairs
-from .lora import lora_add as lora_add
-from .lora import lora_linear as lora_linear
+from .lora.embedding import lora_embedding as lora_embedding
+from .lora.linear import join_pairs as join_pairs
+from .lora.linear import lora_add as lora_add
+from .lora.linear import lora_linear as lora_linear

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.compiler import is_compiling
 
-from .lora_autograd import without_autocast
+from .lora.autograd import without_autocast
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from .apply import apply
-from .aten import keep_mask
 from .dropout import draw_seed
+from .lora.aten import keep_mask
 from .reference import survivors_scale
 
 

@@ -3,10 +3,14 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import aten, philox, tiles, triton_ops
-from .aten import backward_A as backward_A
-from .aten import expand_ as expand_  # cuBLAS accumulates in place: it reads and writes y once, as a kernel would
-from .triton_ops import supported as supported
+from . import philox, tiles
+from . import triton_operators as triton_ops
+from .lora import aten
+from .lora.aten import backward_A as backward_A
+
+# cuBLAS accumulates in place: it reads and writes y once, as a kernel would
+from .lora.aten import expand_ as expand_
+from .triton_operators import supported as supported
 
 
 def draw_seed(x: Tensor) -> Tensor:

@@ -349,7 +349,7 @@ def assert_kernel_right(forward: Any, shape: tuple[int, ...], dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_kernel_equals_float64(interpreted, shape, dtype):
-    from peftlib.kernels import triton_bottleneck
+    from peftlib.kernels.bottleneck import triton as triton_bottleneck
 
     for activation, adds in zip(ACTIVATIONS, itertools.cycle((True, False)), strict=False):
         assert_kernel_right(triton_bottleneck.forward, shape, dtype, activation, adds)
@@ -357,7 +357,7 @@ def test_the_kernel_equals_float64(interpreted, shape, dtype):
 
 @needs_triton
 def test_the_op_runs_the_kernel_and_its_gradients_fit(interpreted, monkeypatch):
-    from peftlib.kernels import triton_bottleneck
+    from peftlib.kernels.bottleneck import triton as triton_bottleneck
 
     calls = []
     forward = triton_bottleneck.forward
@@ -373,7 +373,7 @@ def test_the_op_runs_the_kernel_and_its_gradients_fit(interpreted, monkeypatch):
 
 @needs_triton
 def test_a_kernel_that_is_wrong_is_not_used(interpreted, monkeypatch):
-    from peftlib.kernels import triton_bottleneck
+    from peftlib.kernels.bottleneck import triton as triton_bottleneck
 
     forward = triton_bottleneck.forward
     monkeypatch.setattr(triton_bottleneck, "_trusted", {})
@@ -386,7 +386,7 @@ def test_a_kernel_that_is_wrong_is_not_used(interpreted, monkeypatch):
 
 @needs_triton
 def test_a_kernel_that_fails_is_tried_once_and_not_used(interpreted, monkeypatch):
-    from peftlib.kernels import triton_bottleneck
+    from peftlib.kernels.bottleneck import triton as triton_bottleneck
 
     calls = []
 
@@ -405,7 +405,7 @@ def test_a_kernel_that_fails_is_tried_once_and_not_used(interpreted, monkeypatch
 
 @needs_triton
 def test_a_dtype_that_the_kernel_does_not_take_runs_in_pytorch(interpreted, monkeypatch):
-    from peftlib.kernels import triton_bottleneck
+    from peftlib.kernels.bottleneck import triton as triton_bottleneck
 
     monkeypatch.setattr(triton_bottleneck, "forward", None)
     x, own, _ = problem(20, 64, 64, 8, torch.float64)
@@ -417,8 +417,9 @@ def test_a_dtype_that_the_kernel_does_not_take_runs_in_pytorch(interpreted, monk
 @pytest.mark.skipif(DEVICE != "cpu", reason="looks into the interpreter")
 @pytest.mark.parametrize("shape", SHAPES[1:4], ids=str)
 def test_no_program_strays_or_races_and_x_is_read_once(interpreted, shape):
-    from peftlib.kernels import triton_bottleneck
     from tools.triton.traffic import counted
+
+    from peftlib.kernels.bottleneck import triton as triton_bottleneck
 
     x, own, onto = problem(*shape, torch.float32)
     with counted() as traffic:
@@ -441,8 +442,9 @@ def test_no_program_strays_or_races_and_x_is_read_once(interpreted, shape):
     ],
 )
 def test_a_wrong_kernel_is_found(interpreted, old, new, tmp_path):
-    from peftlib.kernels import triton_bottleneck
     from tools.triton.mutants import mutant
+
+    from peftlib.kernels.bottleneck import triton as triton_bottleneck
 
     changed = mutant(triton_bottleneck, old, new, tmp_path)
     with pytest.raises(AssertionError):
@@ -453,7 +455,7 @@ def test_a_wrong_kernel_is_found(interpreted, old, new, tmp_path):
 @pytest.mark.parametrize("width", [8, 16, 64])
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_the_kernel_compiles_and_fits(target, width):
-    from peftlib.kernels import triton_bottleneck
+    from peftlib.kernels.bottleneck import triton as triton_bottleneck
     from peftlib.kernels.triton_interpret import replaced
     from tools.triton.aot import CAPABILITY, SHARED_LIMIT, compile_for
 

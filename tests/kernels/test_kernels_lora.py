@@ -21,9 +21,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import peftlib
-from peftlib.kernels import aten, join_pairs, lora_add, lora_dense, lora_embedding, lora_linear, reference
-from peftlib.kernels import lora as paths
+from peftlib.kernels import join_pairs, lora_add, lora_embedding, lora_linear, reference
 from peftlib.kernels.dropout import KeepMask, draw_seed, draw_small
+from peftlib.kernels.lora import aten
+from peftlib.kernels.lora import linear as paths
+from peftlib.kernels.lora import small as lora_dense
 
 pytestmark = pytest.mark.mutants
 
@@ -829,4 +831,4 @@ def test_embedding_term_equals_the_dense_table(shape, dtype, padding_idx):
 
 def test_embedding_example_runs():
     names = {"torch": torch, "lora_embedding": lora_embedding}
-    assert doctest.testmod(sys.modules["peftlib.kernels.embedding"], extraglobs=names).failed == 0
+    assert doctest.testmod(sys.modules["peftlib.kernels.lora.embedding"], extraglobs=names).failed == 0

@@ -26,27 +26,43 @@ if importlib.util.find_spec("triton") is None:
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms refuse cuBLAS without it
 
 from peftlib.kernels import (
-    aten,
+    check as triton_check,
+)
+from peftlib.kernels import (
+    dispatch as steps,
+)
+from peftlib.kernels import (
+    grouped as segments,
+)
+from peftlib.kernels import (
     lora_add,
     lora_linear,
     mode,
     philox,
     reference,
-    segments,
-    steps,
     tiles,
     triton_backward_x,
     triton_backward_y,
-    triton_check,
     triton_expand,
-    triton_launch,
-    triton_launchers,
     triton_mask,
-    triton_ops,
     triton_planes,
     triton_shrink,
     triton_steps,
-    twins,
+)
+from peftlib.kernels import (
+    triton_operators as triton_ops,
+)
+from peftlib.kernels import (
+    triton_runtime as triton_launch,
+)
+from peftlib.kernels.lora import (
+    aten,
+)
+from peftlib.kernels.lora import (
+    reference as twins,
+)
+from peftlib.kernels.lora import (
+    triton as triton_launchers,
 )
 from tools.triton.mutants import mutant
 from tools.triton.traffic import counted

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, MockTensor
 
-from peftlib.kernels import triton_launchers
+from peftlib.kernels.lora import triton as triton_launchers
 from peftlib.kernels.tiles import Tile
 from peftlib.kernels.triton_interpret import replaced
 

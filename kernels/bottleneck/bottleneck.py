@@ -6,9 +6,9 @@ from torch._C import _are_functorch_transforms_active
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from . import reference
-from .apply import apply
-from .bottleneck_autograd import Bottleneck, Settings, Weights, bottleneck_forward, plain_form
+from .. import reference
+from ..apply import apply
+from .autograd import Bottleneck, Settings, Weights, bottleneck_forward, plain_form
 
 _DENSE = frozenset((Tensor, Parameter))
 

@@ -9,14 +9,15 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from . import reference
-from .apply import apply
+from ..apply import apply
+from ..dispatch import traced_term
+from ..dropout import draw_small
+from ..mode import interprets
+from ..reference import lora_add as plain_add
+from ..reference import survivors_scale
 from .aten import gemm_dtype
-from .dropout import draw_small
-from .lora_autograd import LoRAAdd, LoRALinear, add_forward, linear_forward
-from .lora_dense import DenseLoRA, dense_forward
-from .mode import interprets
-from .steps import traced_term
+from .autograd import LoRAAdd, LoRALinear, add_forward, linear_forward
+from .small import DenseLoRA, dense_forward
 
 _DENSE = frozenset((Tensor, Parameter))
 # Up to so many elements of x and y it is calls that cost, not memory: with dropout a step of 256 tokens, 256 to 256,
@@ -160,7 +161,7 @@ def join_pairs(pairs: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[Tensor, T
 
 def _one_token(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
     if not x.dtype == weight.dtype == lora_A.dtype == lora_B.dtype or _is_any_autocast_enabled():
-        return reference.lora_add(F.linear(x, weight, bias), x, lora_A, lora_B, scale)
+        return plain_add(F.linear(x, weight, bias), x, lora_A, lora_B, scale)
     row = x.flatten()
     if x.is_cpu and _multiplies_alike(weight, bias):
         # 128 to 128: three products with a vector take 6.1 µs, with F.linear for the first of them 7.8.
@@ -213,7 +214,7 @@ def _is_small(x: Tensor, out: int, dropout: float) -> bool:
 def _small(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> Tensor:
     x2 = x.view(-1, x.shape[-1])  # [tokens, in]
     if dropout:
-        x2, scale = x2 * draw_small(x2, dropout), scale * reference.survivors_scale(dropout)
+        x2, scale = x2 * draw_small(x2, dropout), scale * survivors_scale(dropout)
     if lora_A.dtype != x.dtype or lora_B.dtype != x.dtype:
         lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     return torch.addmm(y.view(-1, y.shape[-1]), torch.mm(x2, lora_A.t()), lora_B.t(), alpha=scale).view(y.shape)

@@ -8,9 +8,9 @@ from torch._C import _is_any_autocast_enabled
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .dropout import draw_small
-from .lora_autograd import Gradients, differentiable_linear, keep_for_backward, wants_plain_ops, without_autocast
-from .reference import survivors_scale
+from ..dropout import draw_small
+from ..reference import survivors_scale
+from .autograd import Gradients, differentiable_linear, keep_for_backward, wants_plain_ops, without_autocast
 
 
 class DenseLoRA(Function):

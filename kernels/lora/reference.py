@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .philox import keep_mask, kept_scale
+from ..philox import keep_mask, kept_scale
 
 
 def shrink(x: Tensor, A: Tensor, scale: float, p: float, seed: Tensor | None) -> Tensor:

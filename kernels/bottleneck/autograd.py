@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from . import reference
-from .aten import gemm_dtype
-from .dropout import KeepMask, draw_seed
-from .lora_autograd import rows, wants_plain_ops, without_autocast
-from .mode import may_run_triton
+from .. import reference
+from ..dropout import KeepMask, draw_seed
+from ..lora.aten import gemm_dtype
+from ..lora.autograd import rows, wants_plain_ops, without_autocast
+from ..mode import may_run_triton
 
 _aten: Any = torch.ops.aten
 
@@ -89,7 +89,7 @@ def bottleneck_forward(
         x2, own = rows(x).to(wide), weights.cast(wide)
         onto = rows(x) if settings.adds_input else None if residual is None else rows(residual)
         if _runs_triton(x2, own, settings):
-            from . import triton_bottleneck
+            from . import triton as triton_bottleneck
 
             out, z = triton_bottleneck.forward(
                 x2, own.down, own.down_bias, own.up, own.up_bias, onto, settings.activation
@@ -196,6 +196,6 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _runs_triton(x: Tensor, own: Weights, settings: Settings) -> bool:
     if settings.norm != "none" or settings.dropout or not may_run_triton(x):
         return False
-    from . import triton_bottleneck
+    from . import triton as triton_bottleneck
 
     return triton_bottleneck.supported(x, own.down, own.up, settings.activation)

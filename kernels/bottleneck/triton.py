@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference, triton_ops
-from .tiles import MI300X, Tile, block_rank, blocks
-from .triton_launch import capability, launch
-from .triton_launchers import rows_of
+from .. import reference
+from .. import triton_operators as triton_ops
+from ..lora.triton import rows_of
+from ..tiles import MI300X, Tile, block_rank, blocks
+from ..triton_runtime import capability, launch
 
 _trusted: dict[tuple, bool] = {}
 

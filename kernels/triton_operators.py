@@ -8,11 +8,11 @@ a recompile for every new batch size.
 import torch
 from torch import Tensor
 
-from . import triton_launchers as launchers
-from . import twins
+from .check import is_trusted
+from .lora import reference as twins
+from .lora import triton as launchers
 from .tiles import MAX_RANK
-from .triton_check import is_trusted
-from .triton_launch import launches
+from .triton_runtime import launches
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

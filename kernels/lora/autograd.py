@@ -10,9 +10,9 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from . import reference
+from .. import reference
+from ..dispatch import Steps, steps_for
 from .aten import gemm_dtype
-from .steps import Steps, steps_for
 
 Gradients = tuple[Tensor | None, ...]
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import triton_launchers as launchers
-from . import twins
-from .segments import block_table
+from .grouped import block_table
+from .lora import reference as twins
+from .lora import triton as launchers
 
 _trusted: dict[tuple, bool] = {}
 

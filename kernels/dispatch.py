@@ -5,7 +5,8 @@ from typing import Protocol
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import aten, reference
+from . import reference
+from .lora import aten
 from .mode import may_run_triton
 
 

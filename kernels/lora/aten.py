@@ -7,9 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .dropout import KeepMask
-from .dropout import draw_seed as draw_seed
-from .reference import survivors_scale
+from ..dropout import KeepMask
+from ..dropout import draw_seed as draw_seed
+from ..reference import survivors_scale
 
 
 def shrink(x: Tensor, lora_A: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:

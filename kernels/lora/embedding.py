@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .lora_autograd import without_autocast
+from .autograd import without_autocast
 
 
 def lora_embedding(

@@ -7,16 +7,16 @@ at rank 32 the wider tiles spilled on sm_100.
 import torch
 from torch import Tensor
 
-from . import tiles
-from .philox import kept_scale, threshold
-from .tiles import Tile, block_rank, blocks, least_width
-from .triton_backward_x import backward_x_kernel
-from .triton_backward_y import backward_y_kernel
-from .triton_expand import expand_kernel
-from .triton_grouped import grouped_expand_kernel, grouped_shrink_kernel
-from .triton_launch import capability, launch
-from .triton_planes import sum_planes_kernel
-from .triton_shrink import shrink_kernel
+from .. import tiles
+from ..grouped.triton import grouped_expand_kernel, grouped_shrink_kernel
+from ..philox import kept_scale, threshold
+from ..tiles import Tile, block_rank, blocks, least_width
+from ..triton_backward_x import backward_x_kernel
+from ..triton_backward_y import backward_y_kernel
+from ..triton_expand import expand_kernel
+from ..triton_planes import sum_planes_kernel
+from ..triton_runtime import capability, launch
+from ..triton_shrink import shrink_kernel
 
 
 def shrink(x: Tensor, A: Tensor, scale: float, p: float, seed: Tensor | None) -> Tensor:
