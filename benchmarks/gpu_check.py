@@ -77,7 +77,7 @@ def _refusal(interpret: bool) -> str | None:
 def rows(problem: Problem, repeats: int) -> list[Row]:
     """Times each op beside what PyTorch would do in its place."""
     from peftlib.kernels import lora_linear, philox
-    from peftlib.kernels.lora import triton as triton_launchers
+    from peftlib.kernels.lora import triton as kernels
 
     M, K, N, rank, device, dtype = problem
 
@@ -108,21 +108,21 @@ def rows(problem: Problem, repeats: int) -> list[Row]:
 
     return [
         row("GEMM, beta 1", lambda: out.addmm_(x, W.t()), "GEMM, beta 0", lambda: torch.mm(x, W.t(), out=out), M * N),
-        row("shrink, p = 0", lambda: triton_launchers.shrink(x, A, 0.5, 0.0, None), "x Aᵀ", lambda: x @ A.t(), M * K),
+        row("shrink, p = 0", lambda: kernels.shrink(x, A, 0.5, 0.0, None), "x Aᵀ", lambda: x @ A.t(), M * K),
         row(
-            "shrink, p = 0.1", lambda: triton_launchers.shrink(x, A, 0.5, 0.1, seed),
+            "shrink, p = 0.1", lambda: kernels.shrink(x, A, 0.5, 0.1, seed),
             "dropout, x Aᵀ", lambda: F.dropout(x, 0.1) @ A.t(), M * K,
         ),
         row(
-            "backward_x, p = 0.1", lambda: triton_launchers.backward_x(x, h, A, 0.1, seed),
+            "backward_x, p = 0.1", lambda: kernels.backward_x(x, h, A, 0.1, seed),
             "mask, g A, gᵀ x̂", backward_x_in_pytorch, 2 * M * K,
         ),
         row(
-            "backward_y", lambda: triton_launchers.backward_y(dY, B, h, 0.5),
+            "backward_y", lambda: kernels.backward_y(dY, B, h, 0.5),
             "two GEMMs", lambda: (dY @ B, dY.t() @ h), M * N,
         ),
         row(
-            "expand", lambda: triton_launchers.expand(dY, h, B, 0.5, None),
+            "expand", lambda: kernels.expand(dY, h, B, 0.5, None),
             "addmm", lambda: torch.addmm(dY, h, B.t(), alpha=0.5), 2 * M * N,
         ),
         row("step, p = 0", lambda: step(0.0), "frozen linear", frozen_step, 2 * M * K + M * N),

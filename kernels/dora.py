@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.compiler import is_compiling
 
-from .lora.autograd import without_autocast
+from .dispatch import without_autocast
 
 
 @torch.no_grad()

@@ -12,8 +12,21 @@ many cores) and this 50. Why not keep the mask: at one byte an element four bloc
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _LANES = 4  # elements that one 32-bit word decides
+
+
+def drop(x: Tensor, dropout: float, keep: Tensor | None = None) -> Tensor:
+    """drop(x): `keep` is a mask already drawn; without one, torch draws it."""
+    if keep is None:
+        return F.dropout(x, dropout) if dropout else x
+    return x * keep.to(x.dtype) * survivors_scale(dropout)
+
+
+def survivors_scale(dropout: float) -> float:
+    """1/(1-p), and 0 where nothing survives."""
+    return 1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0
 
 
 def draw_seed(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The counter-based dropout mask: every bit of it from (seed, row, column), in numpy and torch as in Triton.
+"""The counter-based dropout mask of the kernels: every bit of it from (seed, row, column), in torch as in Triton.
 
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", 2011). One call gives four
 words, so eight lanes of 16 bits. A row is cut into super-blocks of 256 columns, and call t of a super-block gives
@@ -12,7 +12,6 @@ gives the same bits.
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,7 @@ CALLS = 32
 LANES = 8
 SUPER_BLOCK = CALLS * LANES
 
-Words = Any  # a torch.Tensor or a numpy array of int64: the rounds are plain operators, and serve both
+Words = Any  # a torch.Tensor of int64, or a numpy array: the rounds are plain operators, and serve both
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -58,14 +57,6 @@ def philox_rounds(
         c1, c3 = second & _LOW, first & _LOW
         k0, k1 = k0 + _WEYL[0] & _LOW, k1 + _WEYL[1] & _LOW
     return c0, c1, c2, c3
-
-
-def keep_mask_numpy(rows: int, columns: int, p: float, seed: int) -> np.ndarray:
-    """Which elements of a [rows, columns] input are kept; bool."""
-    blocks = -(-columns // SUPER_BLOCK)
-    counter = np.arange(rows * blocks * CALLS, dtype=np.int64).reshape(rows, blocks, 1, CALLS)
-    lanes = np.concatenate([half for word in philox(counter, seed) for half in (word & 0xFFFF, word >> 16)], axis=2)
-    return (lanes >= threshold(p)).reshape(rows, blocks * SUPER_BLOCK)[:, :columns]
 
 
 def keep_mask(rows: int, columns: int, p: float, seed: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ Registers and shared memory are those of an ahead-of-time compile at rank 16 in 
 
 from dataclasses import dataclass
 
+import torch
+
 from .philox import SUPER_BLOCK
 
 MAX_RANK = 64
 
-MI300X = (9, 4)  # what stands for every AMD device
+MI300X = (9, 4)  # stands for gfx942, the one AMD device that tiles were chosen for
 
 # Multiprocessors, so that one wave of programs fills the device: A100, H100, B200, MI300X. Others count as an A100.
 _PROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148, MI300X: 304}
@@ -24,6 +26,27 @@ _DROPOUT_SHRINK = {
     10: ((32, 2, 2), (16, 1, 2), (64, 8, 2)),  # 191, 179, 184
     MI300X: ((64, 4, 1), (64, 4, 1), (64, 4, 1)),  # 119, 286, 232 of 512
 }
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """What the tiles of `device` go by. Where there is no GPU, that of an H100, so that tracing for another machine and
+    the interpreter have a table."""
+    if torch.version.hip is not None:
+        return MI300X
+    return torch.cuda.get_device_capability(device) if _is_there(device) else (9, 0)
+
+
+def are_known(device: torch.device) -> bool:
+    """Whether tiles were chosen for `device`: NVIDIA from sm_80 on, which has bfloat16 units, and of AMD gfx942."""
+    if not _is_there(device):
+        return True  # it traces for another machine
+    if torch.version.hip is not None:  # gcnArchName has features behind the name: gfx942:sramecc+:xnack-
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0] == "gfx942"
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _is_there(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available()
 
 
 @dataclass(frozen=True)
@@ -92,10 +115,10 @@ def backward_x_only(M: int, K: int, rank: int, capability: tuple[int, int]) -> T
 
 
 def backward_y(M: int, N: int, rank: int, capability: tuple[int, int]) -> Tile:
-    """g and dB: a program owns 256 columns and walks rows; dB stays in registers, g goes to one plane a column block.
+    """g and dB: a program owns 256 columns and walks rows; dB stays in registers, g is a partial sum a column block.
 
-    Planes cost 8·rank·M·N·(1/256 + splits/M) bytes beside the 2·M·N of dY: 0.3 of it at rank 16, where a second read
-    would cost 1. Hence one wave, and as few splits as fill it. 32 rows, 4 warps: 78 registers, 46 KiB.
+    Partial sums cost 8·rank·M·N·(1/256 + splits/M) bytes beside the 2·M·N of dY: 0.3 of it at rank 16, where a second
+    read would cost 1. Hence one wave, and as few splits as fill it. 32 rows, 4 warps: 78 registers, 46 KiB.
     """
     stages = 2 if capability == MI300X else 3  # 70 KiB in float32, of 64
     warps = 4 if rank <= 32 or capability == MI300X else 8
@@ -117,9 +140,28 @@ def grouped_rows(M: int) -> int:
     return 16 if M <= 256 else 64
 
 
+def bottleneck(width: int, element_size: int, capability: tuple[int, int]) -> Tile:
+    """A program owns rows: what it reads of x it reads once, and z stays in registers between the two products."""
+    stages = 2 if capability == MI300X or element_size == 4 else 3
+    return Tile(64, 64 if width > 32 or element_size == 4 else 128, 4, stages)
+
+
 def backward_y_pays(rank: int) -> bool:
-    """Whether its planes, 8·rank/256 bytes an element and some for the splits, cost less than the 2 they save."""
+    """Whether its partial sums, 8·rank/256 bytes an element and some for the splits, cost less than the 2 they save."""
     return rank <= 32
+
+
+def tile_of(op: str, M: int, width: int, rank: int, dropout: bool, capability: tuple[int, int], rows: int = 0) -> Tile:
+    """The tile of any op, by its name, for M rows of `width`; `rows` of a block where the op is a grouped one."""
+    if rows:
+        return grouped(rows)
+    if op == "shrink":
+        return shrink(M, width, rank, dropout, capability)
+    if op == "backward_x":
+        return backward_x(M, width, rank, dropout, capability)
+    if op == "backward_x_only":
+        return backward_x_only(M, width, rank, capability)
+    return backward_y(M, width, rank, capability) if op == "backward_y" else expand()
 
 
 def _splits(programs: int, steps: int, waves: int, capability: tuple[int, int]) -> int:

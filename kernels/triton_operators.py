@@ -1,40 +1,37 @@
 # ruff: noqa: ARG001  (a fake form takes the arguments of what it stands for)
-"""The kernels as registered PyTorch operators: they trace with fake tensors, and run twins where kernels cannot.
+"""The kernels as registered PyTorch operators, for graphs: they trace with fake tensors, and have gradients.
+
+Outside of a graph the launches are called as they are: an operator costs 20 µs and more a call. Inside, the body
+decides when it runs: the kernel where its tensors can be launched and its first use was right, else the reference,
+which draws the same mask from the same seed.
 
 `torch.library.custom_op`, not `triton_op`: the tile table reads M, which inside a traced body would be a guard, and so
 a recompile for every new batch size.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .check import is_trusted
-from .lora import reference as twins
-from .lora import triton as launchers
-from .tiles import MAX_RANK
-from .triton_runtime import launches
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def supported(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
-    """Whether the kernels take these: half, bfloat16 or float32; factors in x's dtype or float32; rank up to 64."""
-    if not launches(x) or x.numel() == 0 or x.dtype not in _DTYPES:
-        return False
-    if not {lora_A.dtype, lora_B.dtype} <= {x.dtype, torch.float32} or not lora_A.shape[0] <= MAX_RANK:
-        return False
-    return not x.is_cuda or _has_bfloat16_units(x.device)
+from . import grouped, philox
+from .dispatch import is_trusted, launches
+from .grouped import triton as grouped_kernels
+from .lora import reference
+from .lora import triton as kernels
 
 
-@torch.compiler.assume_constant_result
-def _has_bfloat16_units(device: torch.device) -> bool:
-    # Tiles are known from sm_80 on. A fake device, on a machine without a GPU, passes: it traces for another.
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def _module(op: str, like: Tensor, factor: Tensor, dropout: bool = False):
-    usable = launches(like) and like.numel() > 0 and is_trusted(op, like, factor, dropout)
-    return launchers if usable else twins
+def _form(op: str, like: Tensor, factor: Tensor, dropout: bool = False, rows: int = 0) -> Any:
+    """The module that has `op`: the kernels, or their reference."""
+    launched, referred = (grouped_kernels, grouped) if rows else (kernels, reference)
+    if not launches(like) or like.numel() == 0:
+        return referred
+    first, last = factor.shape[-2:]
+    rank, width = (last, first) if op in ("backward_y", "expand", "grouped_expand") else (first, last)
+    M = like.shape[0]
+    trusted = is_trusted(op, like.device, like.dtype, factor.dtype, M, width, rank, dropout, rows)
+    return launched if trusted else referred
 
 
 @torch.library.custom_op("peftlib::shrink", mutates_args=())
@@ -51,7 +48,7 @@ def shrink(x: Tensor, A: Tensor, scale: float, p: float, seed: Tensor | None) ->
     Returns:
         [M, rank] in the dtype of x.
     """
-    return _module("shrink", x, A, p > 0).shrink(x, A, scale, p, seed)
+    return _form("shrink", x, A, p > 0).shrink(x, A, scale, p, seed)
 
 
 @shrink.register_fake
@@ -66,7 +63,7 @@ def backward_x(x: Tensor, g: Tensor, A: Tensor, p: float, seed: Tensor | None) -
     Returns:
         dX = mask ⊙ (g A) / (1 - p), [M, K] in the dtype of x, and dA = gᵀ dropout(x), [rank, K] in A's.
     """
-    return _module("backward_x", x, A, p > 0).backward_x(x, g, A, p, seed)
+    return _form("backward_x", x, A, p > 0).backward_x(x, g, A, p, seed)
 
 
 @backward_x.register_fake
@@ -77,7 +74,7 @@ def _(x: Tensor, g: Tensor, A: Tensor, p: float, seed: Tensor | None) -> tuple[T
 @torch.library.custom_op("peftlib::backward_x_only", mutates_args=())
 def backward_x_only(g: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """The dX of `backward_x`, for an A that learns nothing: x is not needed, so it need not be saved."""
-    return _module("backward_x", g, A, p > 0).backward_x_only(g, A, p, seed)
+    return _form("backward_x_only", g, A, p > 0).backward_x_only(g, A, p, seed)
 
 
 @backward_x_only.register_fake
@@ -92,7 +89,7 @@ def backward_y(dY: Tensor, B: Tensor, h: Tensor, scale: float) -> tuple[Tensor, 
     Returns:
         g = scale · dY B, [M, rank] in the dtype of dY, and dB = dYᵀ h, [N, rank] in B's.
     """
-    return _module("backward_y", dY, B).backward_y(dY, B, h, scale)
+    return _form("backward_y", dY, B).backward_y(dY, B, h, scale)
 
 
 @backward_y.register_fake
@@ -103,7 +100,7 @@ def _(dY: Tensor, B: Tensor, h: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("peftlib::expand", mutates_args=())
 def expand(y: Tensor, h: Tensor, B: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """y + scale · h Bᵀ + bias for y [M, N], h [M, rank], B [N, rank] and bias [N], rounded once to the dtype of y."""
-    return _module("expand", y, B).expand(y, h, B, scale, bias)
+    return _form("expand", y, B).expand(y, h, B, scale, bias)
 
 
 @expand.register_fake
@@ -114,8 +111,8 @@ def _(y: Tensor, h: Tensor, B: Tensor, scale: float, bias: Tensor | None) -> Ten
 @torch.library.custom_op("peftlib::expand_", mutates_args=("y",))
 def expand_(y: Tensor, h: Tensor, B: Tensor, scale: float, bias: Tensor | None) -> None:
     """`expand` in place, for a y that nobody else holds: no second [M, N] tensor. Autograd sees y change."""
-    if _module("expand", y, B) is launchers and y.stride(1) == 1:
-        launchers.expand_into(y, y, h, B, scale, bias)
+    if _form("expand", y, B) is kernels and y.stride(1) == 1:
+        kernels.expand_into(y, y, h, B, scale, bias)
         return
     y.copy_(expand(y, h, B, scale, bias))
 
@@ -128,13 +125,13 @@ def grouped_shrink(x: Tensor, A: Tensor, scales: Tensor, table: Tensor, rows: in
         x: [M, K].
         A: [adapters, rank, K]; lower ranks are filled with zero rows.
         scales: [adapters] float32.
-        table: [blocks, 3] of `segments.block_table(adapter_of_row, rows)`.
+        table: [blocks, 3] of `grouped.block_table(adapter_of_row, rows)`.
         rows: of a block at most, a power of two from 16 on; `tiles.grouped_rows(M)` gives one.
 
     Returns:
         [M, rank]; rows of no adapter are zero.
     """
-    return _module("grouped_shrink", x, A).grouped_shrink(x, A, scales, table, rows)
+    return _form("grouped_shrink", x, A, rows=rows).grouped_shrink(x, A, scales, table, rows)
 
 
 @grouped_shrink.register_fake
@@ -145,7 +142,7 @@ def _(x: Tensor, A: Tensor, scales: Tensor, table: Tensor, rows: int) -> Tensor:
 @torch.library.custom_op("peftlib::grouped_expand", mutates_args=())
 def grouped_expand(y: Tensor, h: Tensor, B: Tensor, table: Tensor, rows: int) -> Tensor:
     """y + h Bᵀ with each row block's own B of [adapters, N, rank]; rows of no adapter are y's."""
-    return _module("grouped_expand", y, B).grouped_expand(y, h, B, table, rows)
+    return _form("grouped_expand", y, B, rows=rows).grouped_expand(y, h, B, table, rows)
 
 
 @grouped_expand.register_fake
@@ -179,3 +176,10 @@ def _expand_backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 shrink.register_autograd(_shrink_backward, setup_context=_shrink_saves)
 expand.register_autograd(_expand_backward, setup_context=_expand_saves)
+
+
+def lora_term(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> Tensor:
+    """s·drop(x) Aᵀ Bᵀ in operators whose gradients are registered, for a graph that is traced."""
+    x2 = x.reshape(-1, x.shape[-1])
+    hs = shrink(x2, lora_A, scale, dropout, philox.new_seed(x.device))
+    return F.linear(hs, lora_B.to(x.dtype)).view(*x.shape[:-1], lora_B.shape[0])

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .. import reference
-from ..dropout import KeepMask, draw_seed
+from .. import dispatch
+from ..dispatch import is_differentiated, without_autocast
+from ..dropout import KeepMask, draw_seed, survivors_scale
 from ..lora.aten import gemm_dtype
-from ..lora.autograd import rows, wants_plain_ops, without_autocast
-from ..mode import may_run_triton
+from . import reference
 
 _aten: Any = torch.ops.aten
 
@@ -70,7 +70,7 @@ class Bottleneck(Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dY,) = grad_outputs
-        gradients = _differentiable if wants_plain_ops(dY) else _gradients
+        gradients = _differentiable if is_differentiated(dY) else _gradients
         x, z, seed, *weights = ctx.saved_tensors  # read once: checkpointing computes them again for it
         with without_autocast(dY):
             dX, *own = gradients(ctx, dY, x, z, seed, Weights(*weights))
@@ -86,15 +86,13 @@ def bottleneck_forward(
     dtype = _compute_dtype(x)
     wide = gemm_dtype(x.new_empty(0, dtype=dtype))
     with without_autocast(x):
-        x2, own = rows(x).to(wide), weights.cast(wide)
-        onto = rows(x) if settings.adds_input else None if residual is None else rows(residual)
-        if _runs_triton(x2, own, settings):
-            from . import triton as triton_bottleneck
-
-            out, z = triton_bottleneck.forward(
-                x2, own.down, own.down_bias, own.up, own.up_bias, onto, settings.activation
-            )
-            return out.view(*x.shape[:-1], out.shape[1]), z, None
+        x2, own = _rows(x).to(wide), weights.cast(wide)
+        onto = _rows(x) if settings.adds_input else None if residual is None else _rows(residual)
+        if settings.norm == "none" and not settings.dropout:
+            kernel = dispatch.bottleneck_kernel(x2, own.down, own.up, settings.activation)
+            if kernel is not None:
+                out, z = kernel(x2, own.down, own.down_bias, own.up, own.up_bias, onto, settings.activation)
+                return out.view(*x.shape[:-1], out.shape[1]), z, None
         z = F.linear(_normed(x2, own, settings) if settings.norm == "before" else x2, own.down, own.down_bias)
         seed = draw_seed(z) if settings.dropout else None
         out = F.linear(_hidden(z, _kept(z, seed, settings.dropout), settings), own.up, own.up_bias)
@@ -112,7 +110,7 @@ def _hidden(z: Tensor, kept: Tensor | None, settings: Settings) -> Tensor:
 
 def _kept(z: Tensor, seed: Tensor | None, dropout: float) -> Tensor | None:
     """The mask over 1 - p, [tokens, width]; without dropout none."""
-    return None if seed is None else _mask(z, seed, dropout).to(z.dtype) * reference.survivors_scale(dropout)
+    return None if seed is None else _mask(z, seed, dropout).to(z.dtype) * survivors_scale(dropout)
 
 
 def _mask(z: Tensor, seed: Tensor, dropout: float) -> Tensor:
@@ -128,7 +126,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Of x and of each of `weights`. The activations, and what a norm was given, are computed again."""
     z = z.to(gemm_dtype(z))
-    settings, own, dY = ctx.settings, weights.cast(z.dtype), rows(dY).to(z.dtype)
+    settings, own, dY = ctx.settings, weights.cast(z.dtype), _rows(dY).to(z.dtype)
     kept = _kept(z, seed, settings.dropout)
     h, d_norm = _hidden(z, kept, settings), [None, None]
     if settings.norm == "after":
@@ -137,7 +135,7 @@ def _gradients(
     dz, d_down = _BACKWARD[settings.activation](g if kept is None else g * kept, z), None
     dX = dz @ own.down if ctx.needs_input_grad[0] or settings.norm == "before" else None
     if x is not None:
-        x2 = inner = rows(x).to(z.dtype)
+        x2 = inner = _rows(x).to(z.dtype)
         if dX is not None and settings.norm == "before":
             inner = _normed(x2, own, settings)
             dX, *d_norm = _norm_backward(dX, x2, own, settings)
@@ -170,10 +168,10 @@ def _differentiable(
         )
     keep = None if seed is None else _mask(z, seed, ctx.settings.dropout)
     with torch.enable_grad():
-        y = plain_form(rows(x).to(z.dtype), weights, None, ctx.settings, keep)
+        y = plain_form(_rows(x).to(z.dtype), weights, None, ctx.settings, keep)
         needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[2:-1]]
         wanted = [t for t, need in zip((x, *weights), needs, strict=True) if need and t is not None]
-        found = iter(torch.autograd.grad(y, wanted, rows(dY).to(y.dtype), create_graph=True))
+        found = iter(torch.autograd.grad(y, wanted, _rows(dY).to(y.dtype), create_graph=True))
     return [next(found) if need else None for need in needs]
 
 
@@ -193,9 +191,5 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if casts else x.dtype
 
 
-def _runs_triton(x: Tensor, own: Weights, settings: Settings) -> bool:
-    if settings.norm != "none" or settings.dropout or not may_run_triton(x):
-        return False
-    from . import triton as triton_bottleneck
-
-    return triton_bottleneck.supported(x, own.down, own.up, settings.activation)
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

@@ -1,16 +1,11 @@
-"""A bottleneck beside a frozen module: which path runs, by what is asked of it."""
+"""A bottleneck beside a frozen module, as a function on tensors."""
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
-from torch.compiler import is_compiling
-from torch.nn import Parameter
 
-from .. import reference
-from ..apply import apply
+from ..dispatch import apply, is_traced
 from .autograd import Bottleneck, Settings, Weights, bottleneck_forward, plain_form
-
-_DENSE = frozenset((Tensor, Parameter))
+from .reference import ACTIVATIONS
 
 
 def bottleneck(
@@ -72,7 +67,7 @@ def bottleneck(
     _require(activation, norm, dropout)
     settings = Settings(activation, norm, dropout if training else 0.0, eps, residual is x)
     weights = _scaled(Weights(down, down_bias, up, up_bias, norm_weight, norm_bias), norm, scale)
-    if _is_traced(x, residual):
+    if is_traced(x, x if residual is None else residual):
         return plain_form(x, weights, residual, settings)
     given = None if settings.adds_input else residual
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, given, *weights)):
@@ -89,16 +84,9 @@ def _scaled(weights: Weights, norm: str, scale: Tensor | float) -> Weights:
     return weights._replace(up=weights.up * scale, up_bias=weights.up_bias * scale)
 
 
-def _is_traced(x: Tensor, residual: Tensor | None) -> bool:
-    """Whether only plain ops serve: under torch.compile, inside torch.func, and for tensor subclasses."""
-    if is_compiling() or _are_functorch_transforms_active():
-        return True
-    return type(x) not in _DENSE or (residual is not None and type(residual) not in _DENSE)
-
-
 def _require(activation: str, norm: str, dropout: float) -> None:
     for name, value, known in (
-        ("activation", activation, reference.ACTIVATIONS),
+        ("activation", activation, ACTIVATIONS),
         ("norm", norm, ("none", "before", "after")),
     ):
         if value not in known:

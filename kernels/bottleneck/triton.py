@@ -1,19 +1,12 @@
 """The forward of a bottleneck in one launch: down, activation, up, bias and residual, with one read of x."""
 
-import warnings
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import reference
-from .. import triton_operators as triton_ops
-from ..lora.triton import rows_of
-from ..tiles import MI300X, Tile, block_rank, blocks
-from ..triton_runtime import capability, launch
-
-_trusted: dict[tuple, bool] = {}
+from ..tiles import block_rank, blocks, bottleneck, capability
+from ..triton_runtime import launch, rows_of
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -87,7 +80,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """onto + up(act(down(x))) [M, N] in the dtype of onto, or of x, and down(x) [M, width]; all weights as x is."""
     (M, K), (N, width) = x.shape, up.shape
-    x, tile = rows_of(x), tile_of(width, x.element_size(), capability(x))
+    x, tile = rows_of(x), bottleneck(width, x.element_size(), capability(x.device))
     out = torch.empty(M, N, dtype=x.dtype if onto is None else onto.dtype, device=x.device)
     z = x.new_empty(M, width)
     onto = None if onto is None else rows_of(onto)
@@ -99,48 +92,3 @@ def forward(
         ACTIVATION=activation, ADDS=onto is not None, tile=tile,
     )  # fmt: skip
     return out, z
-
-
-def tile_of(width: int, element_size: int, device: tuple[int, int]) -> Tile:
-    """A program owns rows: what it reads of x it reads once, and z stays in registers between the two products."""
-    stages = 2 if device == MI300X or element_size == 4 else 3
-    return Tile(64, 64 if width > 32 or element_size == 4 else 128, 4, stages)
-
-
-def supported(x: Tensor, down: Tensor, up: Tensor, activation: str) -> bool:
-    """Whether the kernel takes these, as `triton_ops.supported` says, and gave what PyTorch gives when it was tried
-    first, for this dtype, width and activation on this device."""
-    if not triton_ops.supported(x, down, up):
-        return False
-    key = (x.device, x.dtype, down.shape[0], activation)
-    if key not in _trusted:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return True  # a graph can hold no comparison; the warm-up before its capture made one
-        _trusted[key] = _agrees(x, down.shape[0], activation)
-    return _trusted[key]
-
-
-def _agrees(like: Tensor, width: int, activation: str) -> bool:
-    generator = torch.Generator(like.device).manual_seed(0)  # the user's own stream of numbers is not touched
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=like.device).to(like.dtype)
-
-    x, weights = normal(80, 336), (normal(width, 336) / 16, normal(width), normal(336, width), normal(336))
-    try:
-        got, _ = forward(x, *weights, x, activation)
-        expected = reference.bottleneck(x, *weights, residual=x, activation=activation)
-    except Exception as error:  # whatever a compiler, a driver or a device raises, training goes on without it
-        found = f"failed: {error}"
-    else:
-        off = ((got - expected).abs().max() / expected.abs().max()).nan_to_num(nan=torch.inf).item()
-        # Four roundings on each side, at most half a unit each: of z, of the activation, of up and of the sum.
-        if off <= max(4 * torch.finfo(x.dtype).eps, 336 * torch.finfo(torch.float32).eps):
-            return True
-        found = f"differs from PyTorch by {off:.1e} of the largest value"
-    warnings.warn(
-        f"the Triton kernel bottleneck for {like.dtype} at width {width} on {like.device} {found}; PyTorch is used in "
-        "its place. PEFTLIB_KERNELS=0 silences this; please report it with your GPU and Triton version.",
-        stacklevel=2,
-    )
-    return False

@@ -1,15 +1,15 @@
-"""LoRA on an embedding: a look-up in A and one thin product, never a vocabulary by width matrix."""
+"""LoRA on an embedding: a look-up in A and one skinny GEMM, never a vocabulary by width matrix."""
 
 import torch
 from torch import Tensor
 
-from .autograd import without_autocast
+from ..dispatch import without_autocast
 
 
 def lora_embedding(
     y: Tensor, ids: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, padding_idx: int | None = None
 ) -> Tensor:
-    """Adds a low-rank term to the output of an embedding.
+    """Adds the low-rank branch to the output of an embedding.
 
     y + s·A[:, ids]ᵀ Bᵀ
 
@@ -42,10 +42,10 @@ def lora_embedding(
     flat = ids.reshape(-1)
     # By columns 154 µs forward and 339 back (32,000 entries, 512 tokens, rank 8); through F.embedding and Aᵀ 200, 597.
     h = lora_A.index_select(1, flat).to(y.dtype)  # [rank, tokens]
-    thin = lora_B.to(y.dtype).t()
+    skinny = lora_B.to(y.dtype).t()
     learns = h if padding_idx is None else h.masked_fill(flat == padding_idx, 0.0)
     with without_autocast(y):
-        term = torch.addmm(y.reshape(-1, y.shape[-1]), learns.t(), thin, alpha=scale)
+        term = torch.addmm(y.reshape(-1, y.shape[-1]), learns.t(), skinny, alpha=scale)
         if padding_idx is not None:
-            term = term.addmm_((h - learns).detach().t(), thin.detach(), alpha=scale)
+            term = term.addmm_((h - learns).detach().t(), skinny.detach(), alpha=scale)
     return term.view(y.shape)

@@ -1,8 +1,52 @@
-"""The kernels' twins in plain PyTorch: the same arguments, the same mask, the same roundings, products in float32."""
+"""The reference implementation of LoRA in plain PyTorch: of the layer, and of each kernel by that kernel's arguments.
 
+The layer's plain form is what the tests hold the other paths against, and what is traced, mapped and differentiated
+twice. A kernel's reference takes the same arguments, draws the same mask and rounds in the same places; it multiplies
+in float32, or in float64 where it is given that, which is how `check.py` knows the exact result. It is for comparing,
+and for tensors that no kernel can run on: on a GPU it would take many times what ATen takes.
+"""
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..dropout import drop
 from ..philox import keep_mask, kept_scale
+
+
+def lora_term(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float = 0.0, keep: Tensor | None = None
+) -> Tensor:
+    """s·drop(x) Aᵀ Bᵀ in the dtype of x."""
+    h = F.linear(drop(x, dropout, keep), lora_A.to(x.dtype))  # [..., rank]
+    return F.linear(h * scale, lora_B.to(x.dtype))
+
+
+def lora_add(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """y + s·drop(x) Aᵀ Bᵀ in the dtype of y."""
+    return y + lora_term(x.to(y.dtype), lora_A, lora_B, scale, dropout, keep).to(y.dtype)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """x Wᵀ + b + s·drop(x) Aᵀ Bᵀ."""
+    return lora_add(F.linear(x, weight, bias), x, lora_A, lora_B, scale, dropout, keep)
 
 
 def shrink(x: Tensor, A: Tensor, scale: float, p: float, seed: Tensor | None) -> Tensor:
@@ -19,46 +63,29 @@ def backward_x(x: Tensor, g: Tensor, A: Tensor, p: float, seed: Tensor | None) -
 
 def backward_x_only(g: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """The dX of `backward_x`, for an A that learns nothing: x is not needed."""
-    dX = (g.float() @ _wide(A, g) * kept_scale(p)).to(g.dtype)
+    dX = (_wide(g, g) @ _wide(A, g) * kept_scale(p)).to(g.dtype)
     return dX * _keep(dX, p, seed).to(g.dtype) if p else dX
 
 
 def backward_y(dY: Tensor, B: Tensor, h: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """g = scale · dY B, [M, rank] in the dtype of dY, and dB = dYᵀ h, [N, rank] in B's."""
-    g = dY.float() @ _wide(B, dY) * scale
-    return g.to(dY.dtype), (dY.float().t() @ _wide(h, dY)).to(B.dtype)
+    wide = _wide(dY, dY)
+    return (wide @ _wide(B, dY) * scale).to(dY.dtype), (wide.t() @ _wide(h, dY)).to(B.dtype)
 
 
 def expand(y: Tensor, h: Tensor, B: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """y + scale · h Bᵀ + bias, [M, N] in the dtype of y, rounded once."""
-    total = y.float() + h.float() @ _wide(B, h).t() * scale
-    return (total if bias is None else total + bias.float()).to(y.dtype)
+    total = _wide(y, y) + _wide(h, h) @ _wide(B, h).t() * scale
+    return (total if bias is None else total + _wide(bias, bias)).to(y.dtype)
 
 
-def grouped_shrink(x: Tensor, A: Tensor, scales: Tensor, table: Tensor, rows: int) -> Tensor:  # noqa: ARG001
-    """Block by block of `table`, of at most `rows` rows, scales[a] · x A[a]ᵀ; zero for rows of no adapter."""
-    h = x.new_zeros(x.shape[0], A.shape[1])
-    for adapter, first, last in table.tolist():
-        if adapter >= 0:
-            h[first:last] = (x[first:last].float() @ _wide(A[adapter], x).t() * scales[adapter]).to(x.dtype)
-    return h
-
-
-def grouped_expand(y: Tensor, h: Tensor, B: Tensor, table: Tensor, rows: int) -> Tensor:  # noqa: ARG001
-    """Block by block of `table`, of at most `rows` rows, y + h B[a]ᵀ; y itself for rows of no adapter."""
-    out = y.clone()
-    for adapter, first, last in table.tolist():
-        if adapter >= 0:
-            out[first:last] = expand(y[first:last], h[first:last], B[adapter], 1.0, None)
-    return out
-
-
-def _wide(factor: Tensor, like: Tensor) -> Tensor:
-    return factor.to(like.dtype).float()
+def _wide(tensor: Tensor, like: Tensor) -> Tensor:
+    """Rounded to the dtype of `like`, as a kernel rounds a factor, then as wide as its sums are."""
+    return tensor.to(like.dtype).to(torch.promote_types(like.dtype, torch.float32))
 
 
 def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    return x.float() * _keep(x, p, seed) if p else x.float()
+    return _wide(x, x) * _keep(x, p, seed) if p else _wide(x, x)
 
 
 def _keep(x: Tensor, p: float, seed: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
-"""LoRA on a linear layer in the fewest calls: plain tensors on a CPU, where it is the calls that cost."""
+"""LoRA on a linear layer in the fewest calls: for plain tensors on a CPU, where dispatch overhead bounds the time."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,9 +9,10 @@ from torch._C import _is_any_autocast_enabled
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from ..dropout import draw_small
-from ..reference import survivors_scale
-from .autograd import Gradients, differentiable_linear, keep_for_backward, wants_plain_ops, without_autocast
+from ..dispatch import is_differentiated, without_autocast
+from ..dropout import draw_small, survivors_scale
+from . import reference
+from .autograd import Gradients, Kept, differentiable_linear, keep_for_backward
 
 
 class DenseLoRA(Function):
@@ -33,13 +35,13 @@ class DenseLoRA(Function):
         dropout: float,
     ) -> Tensor:
         y, h, keep = dense_forward(x, weight, bias, lora_A, lora_B, scale, dropout)
-        keep_for_backward(ctx, x, weight, lora_A, lora_B, h, keep, scale, dropout, _Kept)
+        keep_for_backward(ctx, x, weight, lora_A, lora_B, scale, dropout, Kept(h, keep, lora_A, lora_B, _KeptMask))
         return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Gradients:
         (dY,) = grad_outputs
-        if wants_plain_ops(dY):
+        if is_differentiated(dY):
             return differentiable_linear(ctx, dY)
         dY = _flat(dY.contiguous())
         if not _is_any_autocast_enabled():
@@ -48,7 +50,7 @@ class DenseLoRA(Function):
             return _backward(ctx, dY)
 
 
-class _Kept:
+class _KeptMask:
     """Stands where the steps do that make a mask again from its seed: here the mask itself was kept."""
 
     @staticmethod
@@ -72,7 +74,7 @@ def dense_forward(
 
 def _backward(ctx: Any, dY: Tensor) -> Gradients:
     needs_x, needs_weight, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-    x, weight, lora_A, lora_B, h, keep = ctx.saved_tensors
+    x, weight, lora_A, lora_B, h, *_, keep = ctx.saved_tensors
     scale = ctx.scale
     if keep is not None:  # cast once: a product of two dtypes would cast it each time
         keep, scale = keep.to(dY.dtype), scale * survivors_scale(ctx.dropout)
@@ -80,7 +82,7 @@ def _backward(ctx: Any, dY: Tensor) -> Gradients:
     dX = dW = dA = dB = None
     g = torch.mm(dY, lora_B) if needs_x or needs_A else dY
     if needs_x:
-        if keep is None:  # the thin product on top: 512×2048 that way round take 6.6 ms, the other 6.8
+        if keep is None:  # the skinny GEMM on top: 512×2048 that way round take 6.6 ms, the other 6.8
             dX = torch.mm(dY, weight).addmm_(g, lora_A, alpha=scale)
         else:
             dX = torch.mm(g, lora_A).mul_(keep).addmm_(dY, weight, beta=scale)
@@ -93,6 +95,56 @@ def _backward(ctx: Any, dY: Tensor) -> Gradients:
     if needs_weight and x2 is not None:
         dW = torch.mm(dY.t(), x2)
     return dX, dW, dY.sum(0) if needs_bias else None, dA, dB, None, None
+
+
+def add_small(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> Tensor:
+    """`lora_add` in plain ops, whose own backward is C++, with a mask that is kept."""
+    x2 = x.view(-1, x.shape[-1])  # [tokens, in]
+    if dropout:
+        x2, scale = x2 * draw_small(x2, dropout), scale * survivors_scale(dropout)
+    if lora_A.dtype != x.dtype or lora_B.dtype != x.dtype:
+        lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    return torch.addmm(y.view(-1, y.shape[-1]), torch.mm(x2, lora_A.t()), lora_B.t(), alpha=scale).view(y.shape)
+
+
+def linear_of_one_token(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float
+) -> Tensor:
+    """One token without gradients or dropout: products with a vector, where they have the bits of F.linear."""
+    if not x.dtype == weight.dtype == lora_A.dtype == lora_B.dtype or _is_any_autocast_enabled():
+        return reference.lora_add(F.linear(x, weight, bias), x, lora_A, lora_B, scale)
+    row = x.flatten()
+    if x.is_cpu and _multiplies_alike(weight, bias):
+        # 128 to 128: three products with a vector take 6.1 µs, with F.linear for the first of them 7.8.
+        y = weight.mv(row) if bias is None else torch.addmv(bias, weight, row)
+        y.addmv_(lora_B, lora_A.mv(row), alpha=scale)
+        return y.view(1, 1, -1) if x.dim() == 3 else y.view(*x.shape[:-1], -1)
+    y = F.linear(x, weight, bias)
+    y.view(-1).addmv_(lora_B, lora_A.mv(row), alpha=scale)
+    return y
+
+
+_ALIKE: dict[tuple[torch.Size, torch.dtype, bool, int], bool] = {}
+# Above this size reading W takes the time, whoever multiplies.
+_LARGEST_ASKED = 1 << 18
+
+
+def _multiplies_alike(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether W times a vector has the bits of F.linear, which B = 0 must give: this machine is asked once a shape.
+
+    Half precision would round most of the differences away, and show one later."""
+    key = weight.shape, weight.dtype, bias is None, torch.get_num_threads()
+    if key not in _ALIKE:
+        asked = weight.numel() <= _LARGEST_ASKED and weight.element_size() >= 4
+        _ALIKE[key] = asked and all(_rows_agree(weight.detach().contiguous(), bias))
+    return _ALIKE[key] and weight.is_contiguous()
+
+
+def _rows_agree(weight: Tensor, bias: Tensor | None) -> Iterator[bool]:
+    generator = torch.Generator().manual_seed(0)
+    for row in torch.randn(32, weight.shape[1], generator=generator, dtype=weight.dtype):
+        y = weight.mv(row) if bias is None else torch.addmv(bias, weight, row)
+        yield torch.equal(y, F.linear(row, weight, bias)) and torch.equal(y[None], F.linear(row[None], weight, bias))
 
 
 def _flat(x: Tensor) -> Tensor:

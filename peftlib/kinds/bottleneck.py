@@ -11,7 +11,7 @@ from .._core.adapter import Adapter, trainable_dtype
 from .._core.host import base_type
 from .._errors import AdapterError
 from ..kernels import bottleneck
-from ..kernels.reference import ACTIVATIONS
+from ..kernels.bottleneck.reference import ACTIVATIONS
 from ._features import features_of
 from ._hidden_states import input_of, with_hidden_states
 

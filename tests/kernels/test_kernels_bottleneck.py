@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from peftlib.kernels import bottleneck, mode
-from peftlib.kernels import reference as plain
+from peftlib.kernels import bottleneck, dispatch
+from peftlib.kernels.bottleneck import reference as plain
 from support import reference as by_hand
 
 M, IN, OUT, WIDTH = 6, 5, 7, 3
@@ -313,7 +313,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture
 def interpreted(monkeypatch) -> Iterator[None]:
     """On the CPU in the interpreter; outputs start as NaN, so that what is not written is seen."""
-    monkeypatch.setattr(mode, "MODE", "1" if DEVICE == "cuda" else "interpret")
+    monkeypatch.setattr(dispatch, "MODE", "1" if DEVICE == "cuda" else "interpret")
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -362,7 +362,7 @@ def test_the_op_runs_the_kernel_and_its_gradients_fit(interpreted, monkeypatch):
     calls = []
     forward = triton_bottleneck.forward
     monkeypatch.setattr(triton_bottleneck, "forward", lambda *a: calls.append(1) or forward(*a))
-    monkeypatch.setattr(triton_bottleneck, "_trusted", {})
+    monkeypatch.setattr(dispatch, "_trusted", {})
     x, own, _ = problem(20, 64, 64, 8, torch.float32)
     given = [tensor.requires_grad_() for tensor in (x, *own)]
     found, exact = bottleneck(x, *own, residual=x), plain.bottleneck(x, *own, residual=x)
@@ -376,7 +376,7 @@ def test_a_kernel_that_is_wrong_is_not_used(interpreted, monkeypatch):
     from peftlib.kernels.bottleneck import triton as triton_bottleneck
 
     forward = triton_bottleneck.forward
-    monkeypatch.setattr(triton_bottleneck, "_trusted", {})
+    monkeypatch.setattr(dispatch, "_trusted", {})
     monkeypatch.setattr(triton_bottleneck, "forward", lambda *a: tuple(2 * tensor for tensor in forward(*a)))
     x, own, _ = problem(20, 64, 64, 8, torch.float32)
     with pytest.warns(UserWarning, match="the Triton kernel bottleneck .* differs from PyTorch"):
@@ -394,7 +394,7 @@ def test_a_kernel_that_fails_is_tried_once_and_not_used(interpreted, monkeypatch
         calls.append(1)
         raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr(triton_bottleneck, "_trusted", {})
+    monkeypatch.setattr(dispatch, "_trusted", {})
     monkeypatch.setattr(triton_bottleneck, "forward", fail)
     x, own, _ = problem(20, 64, 64, 8, torch.float32)
     with pytest.warns(UserWarning, match="bottleneck .* failed: out of resource: shared memory; PyTorch is used"):

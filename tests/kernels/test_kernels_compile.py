@@ -13,7 +13,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("there is no Triton here", allow_module_level=True)
 
 from peftlib.kernels import tiles
-from peftlib.kernels.triton_shrink import shrink_kernel
+from peftlib.kernels.lora.triton import shrink_kernel
 from tools.triton.aot import SHARED_LIMIT, TARGETS, Compiled, compile_for, compile_launches
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -24,17 +24,17 @@ def arguments(op: str, rank: int, p: float, dtype=BF16, rows: int = M) -> tuple:
     def meta(*shape: int, dtype=dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    A, B, thin = meta(rank, K), meta(N, rank), meta(rows, rank)
+    A, B, hidden = meta(rank, K), meta(N, rank), meta(rows, rank)
     seed = meta(1, dtype=torch.int64) if p else None
     table = meta(rows // 64, 3, dtype=torch.int32)
     return {
         "shrink": (meta(rows, K), A, 0.5, p, seed),
-        "backward_x": (meta(rows, K), thin, A, p, seed),
-        "backward_x_only": (thin, A, p, seed),
-        "backward_y": (meta(rows, N), B, thin, 0.5),
-        "expand": (meta(rows, N), thin, B, 0.5, meta(N)),
+        "backward_x": (meta(rows, K), hidden, A, p, seed),
+        "backward_x_only": (hidden, A, p, seed),
+        "backward_y": (meta(rows, N), B, hidden, 0.5),
+        "expand": (meta(rows, N), hidden, B, 0.5, meta(N)),
         "grouped_shrink": (meta(rows, K), meta(4, rank, K), meta(4, dtype=FP32), table, 64),
-        "grouped_expand": (meta(rows, N), thin, meta(4, N, rank), table, 64),
+        "grouped_expand": (meta(rows, N), hidden, meta(4, N, rank), table, 64),
     }[op]
 
 
@@ -49,9 +49,9 @@ def assert_fits(target: str, name: str, kernel: Compiled, rank: int = 16) -> Non
     assert kernel.spilled == 0, "registers spilled"
     assert kernel.shared <= SHARED_LIMIT[target], "more shared memory than the device has"
     assert kernel.atomics == 0, "sums would come in any order"
-    if rank % 8 == 0:  # else the rows of a thin operand do not begin at 16 bytes
+    if rank % 8 == 0:  # else the rows of a skinny operand do not begin at 16 bytes
         assert kernel.narrow_loads == (name == "expand" and target != "gfx942"), "two-byte loads, beside a tile's bias"
-    if name != "sum_planes":
+    if name != "sum":
         assert kernel.matrix > 0, "no matrix instruction"
 
 
@@ -69,7 +69,7 @@ def test_loads_are_16_bytes_wide_at_other_ranks(op, p, rank):
         pytest.skip("two GEMMs move fewer bytes")
     for name, kernel in compile_launches(op, "sm_90", *arguments(op, rank, p)).items():
         assert_fits("sm_90", name, kernel)
-        # All but those of a tile's thin operand (1 KiB over 128 threads: 8 bytes each), of the seed and of a table.
+        # All but those of a tile's skinny operand (1 KiB over 128 threads: 8 bytes each), of the seed and of a table.
         assert kernel.wide_loads >= max(1, kernel.loads - 5)
 
 

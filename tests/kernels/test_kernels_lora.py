@@ -21,11 +21,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import peftlib
-from peftlib.kernels import join_pairs, lora_add, lora_embedding, lora_linear, reference
+from peftlib.kernels import dispatch, join_pairs, lora_add, lora_embedding, lora_linear
 from peftlib.kernels.dropout import KeepMask, draw_seed, draw_small
-from peftlib.kernels.lora import aten
-from peftlib.kernels.lora import linear as paths
-from peftlib.kernels.lora import small as lora_dense
+from peftlib.kernels.lora import aten, linear, reference, small
 
 pytestmark = pytest.mark.mutants
 
@@ -95,8 +93,8 @@ def assert_close_to_dense(got, tensors, gradient, keep=None, dropout=0.0, wanted
 def route(request, monkeypatch):
     """Runs a test on each: which of them a call takes depends on its size, its dtype and the processor."""
     if request.param != "dense":
-        monkeypatch.setattr(paths, "_is_dense", lambda *_: False)
-        monkeypatch.setattr(paths, "_is_small", lambda *_: False)
+        monkeypatch.setattr(dispatch, "is_dense", lambda *_: False)
+        monkeypatch.setattr(dispatch, "is_small", lambda *_: False)
     if request.param == "steps in blocks":
         monkeypatch.setattr(aten, "_block_rows", lambda *_: 4)
     return request.param
@@ -106,7 +104,7 @@ def mask_of(tensors, dropout):
     """The mask that the next call on `tensors` will draw; leaves the generator as it was."""
     state = torch.get_rng_state()
     rows = tensors["x"].reshape(-1, tensors["x"].shape[-1])
-    if paths._is_dense(tensors["x"], tensors["weight"], dropout):
+    if dispatch.is_dense(tensors["x"], tensors["weight"], dropout):
         keep = draw_small(rows, dropout)
     else:
         keep = aten.keep_mask(rows, dropout, draw_seed(rows))
@@ -257,7 +255,7 @@ def test_one_token_with_zero_lora_B_gives_the_bits_of_the_base_at_every_size(dty
             tensors["lora_B"].zero_()
             assert_bits_of_base(tensors, 0.0)
     asked = [
-        alike for (_, kind, without_bias, _), alike in paths._ALIKE.items() if (kind, without_bias) == (dtype, not bias)
+        alike for (_, kind, without_bias, _), alike in small._ALIKE.items() if (kind, without_bias) == (dtype, not bias)
     ]
     assert asked, "no product with a vector was asked for, so this shows nothing"
 
@@ -276,11 +274,11 @@ def test_one_token_equals_the_dense_form(leading, dtype, transposed):
 
 
 def test_asking_the_machine_how_it_multiplies_draws_nothing_from_torchs_generator(monkeypatch):
-    monkeypatch.setattr(paths, "_ALIKE", {})
+    monkeypatch.setattr(small, "_ALIKE", {})
     before = torch.get_rng_state()
     tensors, _ = problem((1,))
     lora_linear(**tensors, scale=SCALE)
-    assert paths._ALIKE
+    assert small._ALIKE
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -750,7 +748,7 @@ MUTATIONS = {
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_broken_forward_step_is_noticed(mutation, monkeypatch):
     monkeypatch.setattr(aten, "shrink", MUTATIONS[mutation](aten.shrink))
-    monkeypatch.setattr(paths, "_is_dense", lambda *_: False)
+    monkeypatch.setattr(dispatch, "is_dense", lambda *_: False)
     assert_noticed()
 
 
@@ -763,7 +761,7 @@ DENSE_MUTATIONS = {
 
 @pytest.mark.parametrize("mutation", DENSE_MUTATIONS)
 def test_a_broken_dense_forward_is_noticed(mutation, monkeypatch):
-    monkeypatch.setattr(lora_dense, "dense_forward", DENSE_MUTATIONS[mutation](lora_dense.dense_forward))
+    monkeypatch.setattr(small, "dense_forward", DENSE_MUTATIONS[mutation](small.dense_forward))
     assert_noticed()
 
 
@@ -795,7 +793,7 @@ def test_swapped_factors_are_noticed(route):
 def test_the_examples_run():
     names = {"torch": torch, "peftlib": peftlib, "join_pairs": join_pairs}
     names |= {"lora_linear": lora_linear, "lora_add": lora_add}
-    assert doctest.testmod(paths, extraglobs=names).failed == 0
+    assert doctest.testmod(linear, extraglobs=names).failed == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

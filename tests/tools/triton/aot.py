@@ -16,7 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction, MockTensor
 
-from peftlib.kernels.lora import triton as triton_launchers
+from peftlib.kernels import triton_runtime
+from peftlib.kernels.grouped import triton as grouped_kernels
+from peftlib.kernels.lora import triton as lora_kernels
 from peftlib.kernels.tiles import Tile
 from peftlib.kernels.triton_interpret import replaced
 
@@ -92,8 +94,12 @@ def compile_launches(op: str, target: str, *arguments: object) -> dict[str, Comp
         options = {**constants, "num_warps": tile.warps, "num_stages": tile.stages}
         found[kernel.fn.__name__.removesuffix("_kernel")] = compile_for(kernel, target, args, options)
 
-    with replaced(triton_launchers, launch=record, capability=lambda x: CAPABILITY[target]):
-        getattr(triton_launchers, op)(*arguments)
+    kernels = grouped_kernels if op.startswith("grouped") else lora_kernels
+    with (
+        replaced(kernels, launch=record, capability=lambda device: CAPABILITY[target]),
+        replaced(triton_runtime, launch=record),
+    ):
+        getattr(kernels, op)(*arguments)
     return found
 
 
