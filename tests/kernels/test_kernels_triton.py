@@ -3,6 +3,7 @@
 Without a GPU they run in the interpreter; `make gpu-check` runs this file compiled.
 """
 
+import dataclasses
 import importlib
 import importlib.util
 import math
@@ -10,6 +11,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 if importlib.util.find_spec("triton") is None:
@@ -479,6 +482,134 @@ def test_a_kernel_that_does_not_compile_is_replaced_by_pytorch(monkeypatch):
         assert torch.equal(triton_operators.expand(*args), reference.expand(*args))
 
 
+@pytest.mark.parametrize("broken", ["shrink", "backward_x"])
+def test_dropout_without_a_trusted_kernel_is_what_aten_gives(broken, monkeypatch):
+    """To the bit, with the mask that ATen draws: one wrong kernel of the two that share a mask takes both away."""
+    monkeypatch.setattr(dispatch, "_trusted", {})
+    right = getattr(kernels, broken)
+
+    def wrong(*args, **options):
+        result = right(*args, **options)
+        return result * 1.5 if isinstance(result, Tensor) else (result[0], result[1] * 1.5)
+
+    monkeypatch.setattr(kernels, broken, wrong)
+    factors = (torch.randn(4, 300, device=DEVICE), torch.randn(350, 4, device=DEVICE))
+    x, weight, dY = (torch.randn(size, device=DEVICE) for size in ((20, 300), (350, 300), (20, 350)))
+    leaves = [tensor.requires_grad_() for tensor in (x, *factors)]
+    with pytest.warns(UserWarning, match=rf"kernel {broken} for torch.float32 at rank 4 .*; PyTorch is used"):
+        found = lora_step(x, weight, leaves[1], leaves[2], dY, 0.25)
+    monkeypatch.setattr(dispatch, "is_trusted", lambda op, *args, **options: op == "backward_y")
+    for one, other in zip(found, lora_step(x, weight, leaves[1], leaves[2], dY, 0.25), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("broken", ["expand", "backward_y"])
+def test_a_step_without_a_trusted_kernel_is_what_aten_gives(broken, monkeypatch):
+    monkeypatch.setattr(dispatch, "_trusted", {})
+    monkeypatch.setattr(kernels, broken, lambda *args, **options: 1 / 0)
+    x, A, like = (torch.randn(size, device=DEVICE) for size in ((20, 300), (4, 300), (20, 350)))
+    B, h = torch.randn(350, 4, device=DEVICE), torch.randn(20, 4, device=DEVICE)
+    steps, *_ = dispatch.lora_steps(x, A, B, 0.0)
+    arguments = (like, h, B) if broken == "expand" else (like, B, h, 0.5, torch.float32)
+    with pytest.warns(UserWarning, match=rf"kernel {broken} .* failed: division by zero; PyTorch is used"):
+        found = getattr(steps, broken)(*arguments)
+    expected = getattr(aten, broken)(*arguments)
+    for one, other in zip(*((each if isinstance(each, tuple) else (each,)) for each in (found, expected)), strict=True):
+        assert torch.equal(one, other)
+
+
+def trusts(op: str, dtype: torch.dtype) -> bool:
+    return dispatch.is_trusted(
+        op, torch.device(DEVICE), dtype, torch.float32, 100, 64, 8, dropout=op in ("shrink", "backward_x")
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["shrink", "backward_x", "backward_y", "expand"])
+def test_one_typical_element_that_is_wrong_by_two_percent_is_seen(op, dtype, monkeypatch):
+    """The least of the middle half of the elements: beside the largest such an error would pass for rounding."""
+    right = getattr(kernels, op)
+
+    def slightly_wrong(*args, **options):
+        result = right(*args, **options)
+        output = result if isinstance(result, Tensor) else result[-1]
+        flat = output.view(-1)
+        at = flat.abs().argsort()[len(flat) // 2]
+        flat[at] *= 1.02
+        return result
+
+    monkeypatch.setattr(dispatch, "_trusted", {})
+    assert trusts(op, dtype)
+    monkeypatch.setattr(dispatch, "_trusted", {})
+    monkeypatch.setattr(kernels, op, slightly_wrong)
+    with pytest.warns(UserWarning, match=f"{op} .* differs from PyTorch"):
+        assert not trusts(op, dtype)
+
+
+def test_the_check_compares_with_products_in_float64(monkeypatch):
+    """Whatever a GPU does with float32, as TF32 does, is no part of what is right."""
+    seen, product = set(), torch.Tensor.__matmul__
+
+    def noted(left: Tensor, right: Tensor) -> Tensor:
+        seen.update((left.dtype, right.dtype))
+        return product(left, right)
+
+    monkeypatch.setattr(dispatch, "_trusted", {})
+    monkeypatch.setattr(torch.Tensor, "__matmul__", noted)
+    for op in ("shrink", "backward_x", "backward_y", "expand"):
+        assert trusts(op, torch.float32)
+    assert seen == {torch.float64}
+
+
+@ON_CPU
+def test_the_check_runs_the_binary_that_the_step_will_run(monkeypatch):
+    """The tile, and a sum that is split or not, are those of the problem, not of the sample."""
+    launched: list[tuple] = []
+    launch = kernels.launch
+
+    def noted(kernel, grid, *args, tile, **constants) -> None:
+        launched.append(
+            (kernel.fn.__name__, grid[1] > 1, dataclasses.replace(tile, splits=1), tuple(constants.items()))
+        )
+        launch(kernel, grid, *args, tile=tile, **constants)
+
+    monkeypatch.setattr(kernels, "launch", noted)
+    for M in (4, 100, 20_000):
+        for op in ("shrink", "backward_x", "backward_y"):
+            monkeypatch.setattr(dispatch, "_trusted", {})
+            tile = tiles.tile_of(op, M, 64, 8, True, (9, 0))
+            launched.clear()
+            assert dispatch.is_trusted(op, torch.device("cpu"), torch.float32, torch.float32, M, 64, 8, dropout=True)
+            ((_, split, tried, _),) = launched
+            assert tried == dataclasses.replace(tile, splits=1)
+            assert split == (tile.splits > 1) or op == "backward_y"  # whose grid is columns by splits
+
+
+class Casts(TorchDispatchMode):
+    """The shapes that were cast to another dtype."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **kwargs or {})
+
+    def __enter__(self):
+        self.shapes: list[tuple[int, ...]] = []
+        return super().__enter__()
+
+
+def test_a_step_casts_each_factor_once():
+    """Forward and backward together: on a GPU each cast is a launch."""
+    x, weight = (torch.randn(size, device=DEVICE).bfloat16() for size in ((40, 300), (350, 300)))
+    A, B = (torch.randn(size, device=DEVICE, requires_grad=True) for size in ((4, 300), (350, 4)))
+    dY = torch.randn(40, 350, device=DEVICE).bfloat16()
+    lora_step(x.requires_grad_(), weight, A, B, dY, 0.25)  # what is tried first casts too
+    with Casts() as casts:
+        _, _, dA, dB = lora_step(x, weight, A, B, dY, 0.25)
+    assert [casts.shapes.count(shape) for shape in ((4, 300), (350, 4))] == [1, 1]
+    assert dA.dtype == dB.dtype == torch.float32
+
+
 def test_nothing_is_compared_while_a_graph_is_captured(monkeypatch):
     """Nor remembered: the first call outside of a capture compares."""
     known: dict = {}
@@ -705,6 +836,22 @@ def test_a_dtype_that_no_kernel_takes_runs_in_aten():
     x, A, B = torch.zeros(4, 32), torch.zeros(4, 32), torch.zeros(16, 4)
     assert dispatch.lora_steps(x, A, B, 0.0)[0] is not aten
     assert dispatch.lora_steps(x.double(), A.double(), B.double(), 0.0)[0] is aten
+
+
+@pytest.mark.parametrize(("name", "known"), [("gfx942:sramecc+:xnack-", True), ("gfx90a", False), ("gfx1100", False)])
+def test_of_amd_devices_only_those_with_tiles_of_their_own_run_kernels(name, known, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=name))
+    assert tiles.are_known(torch.device("cuda")) == known
+
+
+def test_an_nvidia_device_without_bfloat16_units_runs_no_kernels(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, known in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert tiles.are_known(torch.device("cuda")) == known
 
 
 def test_an_mi300x_has_its_own_tiles(monkeypatch):
