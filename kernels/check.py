@@ -128,8 +128,9 @@ def _referred(op: str, *arguments: object) -> tuple[Tensor, ...]:
 
 def _wide(argument: object, dtype: torch.dtype) -> object:
     """Rounded as a kernel rounds a factor, and then exact."""
-    is_real = isinstance(argument, Tensor) and argument.is_floating_point()
-    return argument.to(dtype).double() if is_real else argument
+    if isinstance(argument, Tensor) and argument.is_floating_point():
+        return argument.to(dtype).double()
+    return argument
 
 
 def _size(argument: object) -> object:
