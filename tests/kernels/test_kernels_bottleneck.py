@@ -417,9 +417,8 @@ def test_a_dtype_that_the_kernel_does_not_take_runs_in_pytorch(interpreted, monk
 @pytest.mark.skipif(DEVICE != "cpu", reason="looks into the interpreter")
 @pytest.mark.parametrize("shape", SHAPES[1:4], ids=str)
 def test_no_program_strays_or_races_and_x_is_read_once(interpreted, shape):
-    from tools.triton.traffic import counted
-
     from peftlib.kernels.bottleneck import triton as triton_bottleneck
+    from tools.triton.traffic import counted
 
     x, own, onto = problem(*shape, torch.float32)
     with counted() as traffic:
@@ -442,9 +441,8 @@ def test_no_program_strays_or_races_and_x_is_read_once(interpreted, shape):
     ],
 )
 def test_a_wrong_kernel_is_found(interpreted, old, new, tmp_path):
-    from tools.triton.mutants import mutant
-
     from peftlib.kernels.bottleneck import triton as triton_bottleneck
+    from tools.triton.mutants import mutant
 
     changed = mutant(triton_bottleneck, old, new, tmp_path)
     with pytest.raises(AssertionError):
