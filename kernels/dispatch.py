@@ -7,7 +7,7 @@ through `apply`.
 import dataclasses
 import os
 from _thread import _count as threads_beside_the_first  # threading.active_count takes a lock
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ MODE = os.environ.get("PEFTLIB_KERNELS", "1")
 # There are platforms without a Triton wheel; looking for one here, not at the first step, imports nothing.
 _HAS_TRITON = find_spec("triton") is not None
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
 _DENSE = frozenset((Tensor, Parameter))
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Up to so many elements of x and y a step is bound by dispatch overhead, not by memory: with dropout one of 256 tokens,
@@ -46,6 +47,12 @@ def interprets() -> bool:
 def launches(x: Tensor) -> bool:
     """Whether kernels run on the device of `x` at all."""
     return _HAS_TRITON and (x.is_cuda if MODE == "1" else interprets() and x.device.type == "cpu")
+
+
+def as_own_tensor(result: Tensor, shape: Sequence[int]) -> Tensor:
+    """The same memory under another shape, and no view: torch refuses an in-place operation on a view that an autograd
+    function returned, and what follows a layer may well be one (`nn.ReLU(inplace=True)`)."""
+    return _unsafe_view(result, shape)
 
 
 # ---------------------------------------------------------------- plain ops, autograd function, or neither

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from .dispatch import apply
+from .dispatch import apply, as_own_tensor
 from .dropout import draw_seed, survivors_scale
 from .lora.aten import keep_mask
 
@@ -54,7 +54,9 @@ class _Dropped(Function):
     ) -> Tensor:
         ctx.save_for_backward(seed, x, *weights)
         ctx.of, ctx.dropout, ctx.autocast = of, dropout, _autocast(x)
-        return _of_dropped(of, dropout, seed, x, *weights)
+        with torch.autocast(**ctx.autocast):
+            y = _of_dropped(of, dropout, seed, x, *weights)
+        return as_own_tensor(y, y.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,7 +75,10 @@ class _Dropped(Function):
 def _autocast(x: Tensor) -> dict[str, Any]:
     device = x.device.type
     enabled = torch.is_autocast_enabled(device)
-    return {"device_type": device, "enabled": enabled, "dtype": torch.get_autocast_dtype(device)}
+    # Without the cache: it would hold casts that were made here without gradient, and a later pass would take them.
+    return {
+        "device_type": device, "enabled": enabled, "dtype": torch.get_autocast_dtype(device), "cache_enabled": False
+    }  # fmt: skip
 
 
 def _of_dropped(of: Callable[..., Tensor], dropout: float, seed: Tensor, x: Tensor, *weights: Tensor) -> Tensor:

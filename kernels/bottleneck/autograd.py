@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from .. import dispatch
-from ..dispatch import is_differentiated, without_autocast
+from ..dispatch import as_own_tensor, is_differentiated, without_autocast
 from ..dropout import KeepMask, draw_seed, survivors_scale
 from ..lora.aten import gemm_dtype
 from . import reference
@@ -92,7 +92,7 @@ def bottleneck_forward(
             kernel = dispatch.bottleneck_kernel(x2, own.down, own.up, settings.activation)
             if kernel is not None:
                 out, z = kernel(x2, own.down, own.down_bias, own.up, own.up_bias, onto, settings.activation)
-                return out.view(*x.shape[:-1], out.shape[1]), z, None
+                return as_own_tensor(out, (*x.shape[:-1], out.shape[1])), z, None
         z = F.linear(_normed(x2, own, settings) if settings.norm == "before" else x2, own.down, own.down_bias)
         seed = draw_seed(z) if settings.dropout else None
         out = F.linear(_hidden(z, _kept(z, seed, settings.dropout), settings), own.up, own.up_bias)
@@ -100,7 +100,8 @@ def bottleneck_forward(
         if onto is not None:
             out = out.add_(onto) if torch.promote_types(out.dtype, onto.dtype) == out.dtype else onto + out
     z = z.to(dtype)
-    return out.to(x.dtype if onto is None else onto.dtype).view(*x.shape[:-1], out.shape[1]), z, seed
+    out = out.to(x.dtype if onto is None else onto.dtype)
+    return as_own_tensor(out, (*x.shape[:-1], out.shape[1])), z, seed
 
 
 def _hidden(z: Tensor, kept: Tensor | None, settings: Settings) -> Tensor:

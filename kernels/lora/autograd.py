@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from ..dispatch import is_differentiated, lora_steps, without_autocast
+from ..dispatch import as_own_tensor, is_differentiated, lora_steps, without_autocast
 from . import reference
 from .aten import gemm_dtype
 
@@ -104,10 +104,11 @@ def linear_forward(
             # order, 1513 in the other, 1319 for the base (512×512, caches cold). In bfloat16 y is rounded once less.
             skinny = kept.B.to(x2.dtype).t()
             y = torch.mm(kept.hs, skinny) if bias is None else torch.addmm(bias, kept.hs, skinny)
-            y = y.addmm_(x2, weight.t()).view(*x.shape[:-1], weight.shape[0])
+            y = as_own_tensor(y.addmm_(x2, weight.t()), (*x.shape[:-1], weight.shape[0]))
         else:
             y = F.linear(x_cast, weight, bias).contiguous()
             kept.steps.expand_(y.view(-1, y.shape[-1]), kept.hs, kept.B)
+            y = as_own_tensor(y, y.shape)
     return y, kept
 
 
@@ -118,7 +119,7 @@ def add_forward(
         kept = _shrunk(rows(x.to(y.dtype)), lora_A, lora_B, scale, dropout)
         # The host's output is the host's: its own graph may have kept it, so it is never written to.
         out = kept.steps.expand(rows(y), kept.hs, kept.B)
-    return out.view(y.shape), kept
+    return as_own_tensor(out, y.shape), kept
 
 
 def _shrunk(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> Kept:

@@ -9,7 +9,7 @@ from torch._C import _is_any_autocast_enabled
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from ..dispatch import is_differentiated, without_autocast
+from ..dispatch import as_own_tensor, is_differentiated, without_autocast
 from ..dropout import draw_small, survivors_scale
 from . import reference
 from .autograd import Gradients, Kept, differentiable_linear, keep_for_backward
@@ -63,13 +63,13 @@ def dense_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, h = drop(x) Aᵀ unscaled [tokens, rank], and the mask; x is contiguous, and of the dtype of W."""
     x2, keep = _flat(x), None
-    y = F.linear(x, weight, bias)  # not of x2: a result that is a view costs autograd 10 µs more
+    y = F.linear(x, weight, bias)  # not of x2: of four dimensions it has other bits
     if dropout:
         keep, scale = draw_small(x2, dropout), scale * survivors_scale(dropout)
         x2 = x2 * keep
     h = F.linear(x2, _as(x, lora_A))
     _flat(y).addmm_(h, _as(x, lora_B).t(), alpha=scale)
-    return y, h, keep
+    return y if x.dim() == 2 else as_own_tensor(y, y.shape), h, keep
 
 
 def _backward(ctx: Any, dY: Tensor) -> Gradients:
