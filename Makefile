@@ -1,5 +1,5 @@
 # `make demo` and `make test` need a Python of 3.11 or newer and nothing else: they make .venv themselves.
-.PHONY: help demo test test-all matrix coverage mutate lint bench tables docs docs-serve gpu-check clean
+.PHONY: help demo test test-all matrix field coverage mutate lint bench tables docs docs-serve gpu-check clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
@@ -13,6 +13,7 @@ help:
 	@echo 'make test       the suite; make test-all runs the slow tests too'
 	@echo 'make matrix     docs/matrix.md: every kind with every library, from the tests; half an hour'
 	@echo '                TESTS=... writes the sections of those tests alone'
+	@echo 'make field      docs/field.md: every law on every architecture of transformers and timm; hours, and it resumes'
 	@echo 'make coverage   the suite, and the lines and branches that it misses; fails under 97 %'
 	@echo 'make mutate     mutants of the sources, one by one, that no test notices; most of an hour'
 	@echo 'make lint       ruff, pyright, pydoclint'
@@ -35,6 +36,9 @@ test-all: .venv/.with-test .venv/.with-demo .venv/.with-ecosystem .venv/.with-do
 # torchvision is built beside one torch, and may not be importable beside this one: its tests run where it is.
 matrix: .venv/.with-test .venv/.with-demo .venv/.with-ecosystem
 	PYTHONPATH=tests $(PYTEST) -n 2 -p tools.matrix -m feature --matrix docs/matrix.md $(TESTS)
+
+field: .venv/.with-test
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/field/run.py --cache .field --table docs/field.md
 
 coverage: .venv/.with-test .venv/.with-docs
 	$(PYTEST) -n 2 -m 'not slow' --cov --cov-report=term --cov-report=json:.coverage.json

@@ -1,0 +1,263 @@
+"""Laws that need no knowledge of the model."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from placing import Case, named_modules
+from subject import changes, distance, projected, same, state
+from torch import Tensor, nn
+
+import peftlib
+
+_EFFECT = 1e-3  # merged and unmerged may differ by this part of what the adapter does: an inert host makes more
+_ROUNDING = 1e-5  # of float32, summed in another order
+
+
+class NotHere(Exception):
+    """A law that has no meaning here, and why."""
+
+
+class Wrong(Exception):
+    """A law that does not hold."""
+
+
+@contextlib.contextmanager
+def _slow_path() -> Iterator[None]:
+    """torch's attention takes a shorter way where nothing trains, which rounds otherwise."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+@_slow_path()
+def unchanged_at_the_start(case: Case) -> None:
+    if not case.kind.silent:
+        raise NotHere("inserting may change the output")
+    for train in (False, True):
+        try:
+            frozen, free = (case.subject.run(case.subject.fresh(train).requires_grad_(on)) for on in (False, True))
+        except Exception:
+            continue  # a base that does not run in train mode
+        found = case.subject.run(case.adapted(train))
+        if not same(found, frozen) and not same(found, free):  # torch has other kernels where weights train
+            raise Wrong(f"{'train' if train else 'eval'}: differs by {distance(found, frozen):.2g}")
+
+
+def each_adapter_runs(case: Case) -> None:
+    """An adapter on a module that is called, or whose weight reaches the output, acts too."""
+    model, ran = case.adapted(size=0.2), set()
+    every = [(name, adapter) for name, _, adapter in peftlib.adapters(model)]
+    for _, adapter in every:
+        adapter.register_forward_pre_hook(lambda module, _: ran.add(id(module)))
+    output = [tensor for tensor in case.subject.run(model) if tensor.requires_grad]
+    grads = _gradients(output, [adapter for _, adapter in every])
+    inert = [name for name, a in every if id(a) not in ran | grads and name in case.subject.read]
+    if inert:
+        raise Wrong(f"{len(inert)} of {len(every)} did not run, though their weights are read: {', '.join(inert[:6])}")
+
+
+def _gradients(output: list[Tensor], adapters: list[Any]) -> set[int]:
+    wanted = [(id(a), p) for a in adapters for p in a.parameters()]
+    found = torch.autograd.grad(projected(output), [p for _, p in wanted], allow_unused=True) if output else []
+    return {key for (key, _), gradient in zip(wanted, found, strict=False) if gradient is not None}
+
+
+def merged_equals_unmerged(case: Case) -> None:
+    if case.kind.cls.fold is peftlib.Adapter.fold:
+        raise NotHere("cannot be merged")
+    case = _mergeable(case)
+    off = _disagreement(case, torch.float32)
+    if off > _EFFECT and _disagreement(case, torch.float64) > _EFFECT:
+        raise Wrong(f"differs by {off:.2g} of what the adapter does")
+
+
+def _mergeable(case: Case) -> Case:
+    """Without hosts whose weight another module shares, for which merging is refused."""
+    try:
+        with peftlib.merged(case.adapted(size=0.2)):
+            return case
+    except peftlib.AdapterError as error:
+        case.merge_refused = str(error)
+    named = case.subject.built.model.named_parameters(remove_duplicate=False)
+    owners: dict[int, set[str]] = {}
+    for name, parameter in named:
+        owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
+    shared = {name for names in owners.values() if len(names) > 1 for name in names}
+    rest = Case(case.subject, case.kind, [host for host in case.hosts if host[0] not in shared])
+    if not rest.hosts:
+        raise NotHere("no weight but shared ones")
+    return rest
+
+
+def _disagreement(case: Case, dtype: torch.dtype) -> float:
+    model, run = case.adapted(size=0.05), case.subject.plain
+    if dtype == torch.float64:
+        model.double()
+    before = state(model)
+    unmerged = run(model)
+    with peftlib.merged(model):
+        merged = run(model)
+    if changes(before, state(model)) and not _moves_by_itself(case):
+        raise Wrong(f"after unmerge {', '.join(changes(before, state(model))[:4])} differ")
+    with peftlib.activate(model):
+        base = run(model)
+    effect = distance(unmerged, base)
+    if not effect and case.subject.read & {name for name, _ in case.hosts}:
+        raise Wrong("the adapter changes nothing")
+    return distance(merged, unmerged) / effect if effect else 0.0
+
+
+def _moves_by_itself(case: Case) -> bool:
+    """Whether a run in eval mode changes the base's own state, as a cached table does."""
+    model = case.subject.fresh()
+    before = state(model)
+    case.subject.plain(model)
+    return bool(changes(before, state(model)))
+
+
+def off_equals_base(case: Case) -> None:
+    model = case.adapted(size=0.2)
+    on = case.subject.plain(model)
+    with peftlib.activate(model):
+        off = case.subject.plain(model)
+    if not same(off, case.subject.output):
+        raise Wrong(f"off: differs from the base by {distance(off, case.subject.output):.2g}")
+    again = case.subject.plain(model)
+    if not same(again, on):
+        raise Wrong(f"on again: differs by {distance(again, on):.2g}")
+
+
+def saved_and_loaded_is_equal(case: Case) -> None:
+    model, fresh = case.adapted(size=0.2), case.subject.fresh()
+    with tempfile.TemporaryDirectory() as folder:
+        peftlib.save(model, Path(folder) / "a.safetensors")
+        peftlib.load(fresh, Path(folder) / "a.safetensors")
+    found, expected = case.subject.plain(fresh), case.subject.plain(model)
+    if not same(found, expected):
+        raise Wrong(f"differs by {distance(found, expected):.2g}")
+
+
+def cached_decoding_equals_uncached(case: Case) -> None:
+    if not case.subject.built.generates:
+        raise NotHere("does not generate")
+    base = _cache_gap(case, case.subject.fresh())
+    if base > 1e-4:
+        raise NotHere("the base's own cache gives other scores")
+    gap = _cache_gap(case, case.adapted(size=0.05))
+    if gap > 1e-3:
+        raise Wrong(f"scores differ by {gap:.2g}, the base's by {base:.2g}")
+
+
+@torch.no_grad()
+def _cache_gap(case: Case, model: Any) -> float:
+    """How far scores of three greedy tokens are apart, as part of the largest."""
+    given = {k: v for k, v in case.subject.built.inputs.items() if k not in ("decoder_input_ids", "use_cache")}
+    options: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1}
+    if getattr(model.config, "is_encoder_decoder", False):
+        options["decoder_start_token_id"] = 1
+    try:
+        runs = [
+            model.generate(**given, **options, use_cache=cache, output_scores=True, return_dict_in_generate=True)
+            for cache in (True, False)
+        ]
+    except peftlib.AdapterError:
+        raise
+    except Exception as error:
+        if any(True for _ in peftlib.adapters(model)):
+            raise
+        raise NotHere(f"the base does not generate: {type(error).__name__}") from error
+    scores = [torch.stack([s.float() for s in run.scores]).clamp(-1e4, 1e4) for run in runs]
+    return distance([scores[0]], [scores[1]]) / (1 + scores[0][scores[0] > -1e4].abs().max().item())
+
+
+def trained_and_ejected_is_the_base(case: Case) -> None:
+    """Three steps in train mode, an optimizer with weight decay; then every bit, buffers too."""
+    _require_trainable(case)
+    model = case.adapted(train=True)
+    before = state(case.subject.fresh(train=True))
+    optimizer = torch.optim.AdamW(peftlib.parameters(model), lr=0.01, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        output = [tensor for tensor in case.subject.run(model) if tensor.requires_grad]
+        if not output:
+            raise NotHere("no gradient reaches an adapter")
+        projected(output).backward()
+        optimizer.step()
+    peftlib.eject(model)
+    left = changes(before, state(model))
+    by_itself = [key for key in left if key.startswith("class of")]
+    if left and left != by_itself:
+        raise Wrong(f"{len(left)} differ: {', '.join(key for key in left if key not in by_itself)[:200]}")
+
+
+def _require_trainable(case: Case) -> None:
+    model = case.subject.fresh(train=True)
+    try:
+        projected([tensor for tensor in case.subject.run(model) if tensor.requires_grad]).backward()
+    except Exception as error:
+        raise NotHere(f"the base does not train: {type(error).__name__}") from error
+
+
+def in_place_on_outputs_equals_out_of_place(case: Case) -> None:
+    """What follows each host changes its output in place; the base must bear that there, or the host is left out."""
+    leaves = [name for name, m in named_modules(case.subject) if not list(m.children()) and case.subject.called[name]]
+    names = {name for name, _ in case.hosts} & set(leaves)
+    names = {name for name in names if _bears(case, name)} if not _bears(case, *names) else names
+    if not names:
+        raise NotHere("no host whose output the base may change in place")
+    results = []
+    for in_place in (False, True):
+        model = case.adapted(train=False, size=0.05)
+        with _after(model, names, in_place):
+            results.append(_with_gradients(case, model))
+    largest = 1 + max(tensor.abs().max().item() for tensors in results[0] for tensor in tensors if tensor.numel())
+    gap = max(map(distance, *results)) / largest
+    if gap > _ROUNDING:
+        raise Wrong(f"differs by {gap:.2g}")
+
+
+def _bears(case: Case, *names: str) -> bool:
+    model = case.subject.fresh()
+    with contextlib.suppress(Exception), _after(model, set(names), True):
+        projected([tensor for tensor in case.subject.run(model) if tensor.requires_grad]).backward()
+        return True
+    return False
+
+
+def _with_gradients(case: Case, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    output = case.subject.run(model)
+    projected([tensor for tensor in output if tensor.requires_grad]).backward()
+    return output, [p.grad for p in peftlib.parameters(model) if p.grad is not None]
+
+
+@contextlib.contextmanager
+def _after(model: nn.Module, names: set[str], in_place: bool) -> Iterator[None]:
+    def change(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor):
+            return output
+        return output.add_(1.0) if in_place else output.add(1.0)
+
+    hooks = [module.register_forward_hook(change) for name, module in model.named_modules() if name in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+LAWS: list[Callable[[Case], None]] = [
+    unchanged_at_the_start,
+    each_adapter_runs,
+    merged_equals_unmerged,
+    off_equals_base,
+    saved_and_loaded_is_equal,
+    cached_decoding_equals_uncached,
+    trained_and_ejected_is_the_base,
+    in_place_on_outputs_equals_out_of_place,
+]

@@ -1,0 +1,140 @@
+"""Where each kind of adapter goes in a model, and where it is refused."""
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from subject import Subject, moved
+from torch import Tensor, nn
+
+import peftlib
+
+_ALIKE = 2  # hosts of one class whose names differ in numbers alone, as those of equal layers and experts do
+
+Host = tuple[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`silent`: inserting changes no bit. `hosts`: where it goes, with keywords."""
+
+    name: str
+    cls: type[peftlib.Adapter]
+    hosts: Callable[[Subject], list[Host]]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    silent: bool = True
+
+
+def named_modules(subject: Subject) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, module) for name, module in subject.built.model.named_modules() if name)
+
+
+def _own(module: nn.Module, dims: int) -> list[str]:
+    own = module._parameters.items()
+    return [k for k, p in own if p is not None and p.dim() >= dims and (p.is_floating_point() or p.is_complex())]
+
+
+def matrices(subject: Subject) -> list[Host]:
+    """Every module with a matrix of its own, called `weight` or not."""
+    found = [(name, module, _own(module, 2)) for name, module in named_modules(subject)]
+    return [(n, {} if isinstance(getattr(m, "weight", None), Tensor) else {"param": own}) for n, m, own in found if own]
+
+
+def scaled(subject: Subject) -> list[Host]:
+    return [(name, {}) for name, given in matrices(subject) if not given]
+
+
+def weights(subject: Subject) -> list[Host]:
+    """Every module with weights of its own, which alone are copied."""
+    return [(name, {"params": own}) for name, module in named_modules(subject) if (own := _own(module, 1))]
+
+
+def callees(subject: Subject) -> list[Host]:
+    return [(name, {}) for name, module in named_modules(subject) if subject.called[name] and [*module.parameters()]]
+
+
+def attentions(subject: Subject) -> list[Host]:
+    return [
+        (name, {}) for name, _ in callees(subject) if "ttention" in type(dict(named_modules(subject))[name]).__name__
+    ]
+
+
+def models(subject: Subject) -> list[Host]:
+    return [("", {})] if "inputs_embeds" in inspect.signature(subject.built.model.forward).parameters else []
+
+
+KINDS = [
+    Kind("LoRA", peftlib.LoRA, matrices, {"rank": 2}),
+    Kind("DoRA", peftlib.DoRA, matrices, {"rank": 2}),
+    Kind("IA3", peftlib.IA3, scaled),
+    Kind("Bottleneck", peftlib.Bottleneck, callees, {"width": 3}),
+    Kind("Full", peftlib.Full, weights),
+    Kind("Prefix", peftlib.Prefix, attentions, {"length": 2}, silent=False),
+    Kind("Prompt", peftlib.Prompt, models, {"length": 2}, silent=False),
+]
+
+
+@dataclass
+class Case:
+    """One kind in one model: where it goes, and where it was refused, with the reason."""
+
+    subject: Subject
+    kind: Kind
+    hosts: list[Host] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    merge_refused: str = ""
+
+    def adapted(self, train: bool = False, size: float = 0.0) -> Any:
+        model = self.subject.fresh(train)
+        self.put(model)
+        if size:
+            moved(model, size)
+        return model
+
+    def put(self, model: nn.Module) -> None:
+        torch.manual_seed(4)
+        for name, config in self.hosts:
+            self._put_one(model, name, config)
+
+    def _put_one(self, model: nn.Module, name: str, config: Any) -> None:
+        peftlib.inject(model, lambda found, _: found == name, self.kind.cls, **{**self.kind.config, **config})
+
+    def settle(self) -> None:
+        """Finds the hosts: those where injecting is not refused, nor the call."""
+        model = self.subject.fresh()
+        for name, config in _distinct(model, self.kind.hosts(self.subject)):
+            try:
+                self._put_one(model, name, config)
+                self.hosts.append((name, config))
+            except peftlib.AdapterError as error:
+                self.refused[name] = f"inject: {error}"
+        if self.hosts and self._refuses_a_call(self.hosts):
+            self.hosts = [host for host in self.hosts if not self._drop(host)]
+
+    def _drop(self, host: Host) -> bool:
+        why = self._refuses_a_call([host])
+        self.refused.update({host[0]: f"call: {why}"} if why else {})
+        return bool(why)
+
+    def _refuses_a_call(self, hosts: list[Host]) -> str | None:
+        model = self.subject.fresh()
+        try:
+            Case(self.subject, self.kind, hosts).put(model)
+            self.subject.plain(model)
+        except peftlib.AdapterError as error:
+            return str(error)
+        return None
+
+
+def _distinct(model: nn.Module, offered: list[Host]) -> list[Host]:
+    alike: Counter[tuple[type, str]] = Counter()
+    chosen = []
+    for name, config in offered:
+        key = type(model.get_submodule(name)), re.sub(r"\d+", "", name)
+        alike[key] += 1
+        chosen += [(name, config)] if alike[key] <= _ALIKE else []
+    return chosen
