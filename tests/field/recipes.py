@@ -165,6 +165,8 @@ def _list(name: str, value: Any, recipe: Recipe) -> Any:
     """Depths become one; widths grow from stage to stage still, and so are divided."""
     if not value or not all(type(one) is int for one in value):
         return value
+    if name == "attention_window":
+        return [8 for _ in value][: recipe.depth]
     if re.search(_DEPTHS, name):
         return [1 for _ in value]
     if re.search(r"hidden_sizes|embed_dims|channels|^conv_dim|tdnn_dim|neck_hidden|^dims$|_dims$|dim_per_stage", name):

@@ -1,12 +1,16 @@
 """A model that nobody described, watched once: what it gives, which modules it runs, which weights it reads."""
 
+import contextlib
 import copy
 import functools
+import itertools
+import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from families import Built
 from torch import Tensor, nn
@@ -15,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 import peftlib
 
 
-@dataclass
+@dataclass(eq=False)
 class Subject:
     built: Built
 
@@ -28,6 +32,8 @@ class Subject:
     def run(self, model: nn.Module) -> list[Tensor]:
         """Floating-point outputs, from the same random state each time."""
         torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)
         leaves = tree_leaves(model(**self._inputs(_is_wide(model))))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())]
 
@@ -50,6 +56,33 @@ class Subject:
         return self.plain(self.fresh().requires_grad_(False))
 
     @functools.cached_property
+    def bases(self) -> dict[tuple[bool, bool], list[Tensor]]:
+        """Outputs by train mode and by whether its weights train; without what fails."""
+        found = {}
+        for key in itertools.product((False, True), (False, True)):
+            with contextlib.suppress(Exception):
+                found[key] = self.run(self.fresh(key[0]).requires_grad_(key[1]))
+        return found
+
+    @functools.cached_property
+    def bars(self) -> dict[bool, str]:
+        """What the base itself raises in a forward and a backward, by train mode; without the modes that go well."""
+        found = {}
+        for train in (False, True):
+            try:
+                projected([tensor for tensor in self.run(self.fresh(train)) if tensor.requires_grad]).backward()
+            except Exception as error:
+                found[train] = type(error).__name__
+        return found
+
+    @functools.cached_property
+    def runs_wide(self) -> bool:
+        """Whether the base runs in float64, in which rounding and a wrong result are told apart."""
+        with contextlib.suppress(Exception):
+            return bool(self.plain(self.fresh().double()))
+        return False
+
+    @functools.cached_property
     def called(self) -> dict[str, int]:
         """How often each module runs, by its first name."""
         model, count = self.fresh(), dict.fromkeys((name for name, _ in self.built.model.named_modules()), 0)
@@ -60,7 +93,7 @@ class Subject:
 
     @functools.cached_property
     def read(self) -> set[str]:
-        """Modules of which a weight reaches the output; one that is shared counts where its module is called."""
+        """Weights that reach the output; one that is shared counts where its module is called."""
         model = self.fresh().requires_grad_(False)
         weights = [(name, p) for name, p in _weights(model) if p.is_floating_point() or p.is_complex()]
         for _, p in weights:
@@ -69,10 +102,8 @@ class Subject:
         found = torch.autograd.grad(projected(output), [p for _, p in weights], allow_unused=True) if output else []
         shared = {id(p) for p, count in Counter(p for _, p in weights).items() if count > 1}
         pairs = zip(weights, found, strict=False)
-        read = [
-            (name.rpartition(".")[0], p) for (name, p), gradient in pairs if gradient is not None and gradient.any()
-        ]
-        return {name for name, p in read if self.called[name] or id(p) not in shared}
+        read = [(name, p) for (name, p), gradient in pairs if gradient is not None and gradient.any()]
+        return {name for name, p in read if self.called[name.rpartition(".")[0]] or id(p) not in shared}
 
     def usable(self) -> str | None:
         """Why nothing can be said of this model, if so."""
