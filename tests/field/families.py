@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import importlib.util
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 _LIMIT = 20_000_000  # parameters; a copy of a model is made for each law
+_PATIENCE = 15  # seconds of work for finding a recipe
 _HEADS = (
     "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "MASKED_LM",
     "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION", "AUDIO_CLASSIFICATION", "CTC", "OBJECT_DETECTION",
@@ -109,7 +111,10 @@ def _from_transformers(kind: str) -> Built:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     errors: list[tuple[int, str]] = []
+    started = time.process_time()
     for recipe, cls in _plans(kind):
+        if time.process_time() - started > _PATIENCE:
+            break
         model = None
         try:
             model = _tiny_model(cls, tiny(CONFIG_MAPPING[kind], recipe))

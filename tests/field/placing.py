@@ -96,37 +96,37 @@ class Case:
         return model
 
     def put(self, model: nn.Module) -> None:
+        """One call for hosts with the same keywords."""
         torch.manual_seed(4)
-        for name, config in self.hosts:
-            self._put_one(model, name, config)
+        groups: dict[str, list[Host]] = {}
+        for host in self.hosts:
+            groups.setdefault(repr(host[1]), []).append(host)
+        for group in groups.values():
+            self._put({name for name, _ in group}, model, group[0][1])
 
-    def _put_one(self, model: nn.Module, name: str, config: Any) -> None:
-        peftlib.inject(model, lambda found, _: found == name, self.kind.cls, **{**self.kind.config, **config})
+    def _put(self, names: set[str], model: nn.Module, config: Any) -> None:
+        peftlib.inject(model, lambda name, _: name in names, self.kind.cls, **{**self.kind.config, **config})
 
     def settle(self) -> None:
         """Finds the hosts: those where injecting is not refused, nor the call."""
-        model = self.subject.fresh()
-        for name, config in _distinct(model, self.kind.hosts(self.subject)):
-            try:
-                self._put_one(model, name, config)
-                self.hosts.append((name, config))
-            except peftlib.AdapterError as error:
-                self.refused[name] = f"inject: {error}"
-        if self.hosts and self._refuses_a_call(self.hosts):
+        self.hosts = _distinct(self.subject.built.model, self.kind.hosts(self.subject))
+        if self.hosts and self._refuses(self.hosts):
             self.hosts = [host for host in self.hosts if not self._drop(host)]
 
     def _drop(self, host: Host) -> bool:
-        why = self._refuses_a_call([host])
-        self.refused.update({host[0]: f"call: {why}"} if why else {})
+        why = self._refuses([host])
+        self.refused.update({host[0]: why} if why else {})
         return bool(why)
 
-    def _refuses_a_call(self, hosts: list[Host]) -> str | None:
-        model = self.subject.fresh()
+    def _refuses(self, hosts: list[Host]) -> str | None:
+        """Why, and whether injecting does so already or the call."""
+        model, doing = self.subject.fresh(), "inject"
         try:
             Case(self.subject, self.kind, hosts).put(model)
+            doing = "call"
             self.subject.plain(model)
         except peftlib.AdapterError as error:
-            return str(error)
+            return f"{doing}: {error}"
         return None
 
 
