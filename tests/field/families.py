@@ -21,7 +21,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 _LIMIT = 20_000_000  # parameters; a copy of a model is made for each law
-_PATIENCE = 15  # seconds of work for finding a recipe
+_PATIENCE = 8  # seconds of work for finding a recipe
 _HEADS = (
     "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "MASKED_LM",
     "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION", "AUDIO_CLASSIFICATION", "CTC", "OBJECT_DETECTION",
@@ -120,6 +120,8 @@ def _from_transformers(kind: str) -> Built:
             model = _tiny_model(cls, tiny(CONFIG_MAPPING[kind], recipe))
             again = functools.partial(_tiny_model, cls, model.config)
             return Built(model, inputs.found(model), f"{recipe.name}, {cls}", again)
+        except ImportError as error:
+            raise RuntimeError(" ".join(str(error).split())[:120]) from error
         except Exception as error:  # a guess of ours, or of theirs
             errors.append((model is None, f"{cls}, {recipe.name}: {type(error).__name__}: {error}"))
     raise RuntimeError(min(errors, key=lambda item: item[0])[1])

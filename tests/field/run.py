@@ -90,13 +90,15 @@ def apart(name: str, seconds: int, gigabytes: float) -> list[Record]:
     _, status = os.waitpid(child, 0)
     if status:
         struck = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-        why = f"more than {seconds} seconds" if struck == signal.SIGALRM else f"the process ended with status {status}"
+        late = struck in (signal.SIGXCPU, signal.SIGALRM)
+        why = f"more than {seconds} seconds" if late else f"the process ended with status {status}"
         records.append({"name": name, "kind": None, "unbuilt" if not records else "cut": why})
     return records
 
 
 def _work(name: str, write: int, seconds: int, gigabytes: float) -> None:
-    signal.alarm(seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))  # of its own work, however busy the machine is
+    signal.alarm(20 * seconds)
     used = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30), used))
     silent = os.open(os.devnull, os.O_WRONLY)
@@ -138,7 +140,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--only", default="", help="architectures whose name holds this")
     parser.add_argument("--workers", type=int, choices=[1, 2], default=1)
-    parser.add_argument("--seconds", type=int, default=150, help="for one architecture")
+    parser.add_argument("--seconds", type=int, default=60, help="of work, for one architecture")
     parser.add_argument("--gigabytes", type=float, default=10.0, help="of address space for one architecture")
     parser.add_argument("--retry", action="store_true", help="once more what was not built, or wrong")
     parser.add_argument("--table", type=Path, help="write the table here")
