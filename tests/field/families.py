@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import importlib
-import importlib.util
 import logging
 import time
 import warnings
@@ -45,13 +44,9 @@ class Built:
 
 
 def names() -> list[str]:
-    timm = _timm_families() if importlib.util.find_spec("timm") else []
-    types = sorted((kind for kind in CONFIG_MAPPING_NAMES if _classes(kind)), key=_scattered)
-    return [
-        *(f"shelf/{name}" for name in shelf.NETS),
-        *(f"timm/{name}" for name in timm),
-        *(f"hf/{kind}" for kind in types),
-    ]
+    timm = _timm_families(_timm()) if _timm() else ()
+    theirs = [*(f"timm/{name}" for name in timm), *(f"hf/{kind}" for kind in CONFIG_MAPPING_NAMES if _classes(kind))]
+    return [*(f"shelf/{name}" for name in shelf.NETS), *sorted(theirs, key=_scattered)]
 
 
 def _scattered(name: str) -> str:
@@ -77,24 +72,43 @@ def _ran(built: Built) -> Built:
     return built
 
 
-def _timm_families() -> list[str]:
-    """The smallest model of each module of timm, by the length of what is said of its size."""
-    timm: Any = importlib.import_module("timm")
-    by_module = {module: timm.list_models(module=module) for module in timm.list_modules()}
-    order = ("nano", "atto", "pico", "femto", "test", "xxs", "xs", "tiny", "small", "18", "b0")
-    return [
-        min(found, key=lambda n: next((i for i, w in enumerate(order) if w in n), 99))
-        for found in by_module.values()
-        if found
-    ]
+def _timm() -> Any:
+    """None where it, or torchvision beneath it, cannot be imported."""
+    try:
+        return importlib.import_module("timm")
+    except (ImportError, RuntimeError):
+        return None
+
+
+def _timm_families(timm: Any) -> Iterator[str]:
+    """The smallest model of each module of timm, by what its name says of size."""
+    order = ("test_", "nano", "atto", "pico", "femto", "xxs", "xs", "tiny", "small", "18", "b0")
+    for module in timm.list_modules():
+        models = timm.list_models(module=module)
+        if models:
+            yield min(models, key=lambda name: next((i for i, word in enumerate(order) if word in name), 99))
 
 
 def _from_timm(name: str) -> Built:
-    timm: Any = importlib.import_module("timm")
+    """On small images where the family takes them."""
+    timm, error = _timm(), None
+    for side, options in ((64, {}), (64, {"img_size": 64}), (None, {})):
+        try:
+            again = functools.partial(_timm_model, timm, name, options)
+            model = again()
+            shape = (3, side, side) if side else model.default_cfg["input_size"]
+            return _ran(Built(model, {"x": torch.randn(2, *shape)}, f"{shape[-1]} pixels", again))
+        except Exception as raised:  # of images of another size
+            error = error or raised
+    raise error or RuntimeError(name)
+
+
+def _timm_model(timm: Any, name: str, options: dict[str, Any]) -> nn.Module:
     torch.manual_seed(1)
-    model = timm.create_model(name, pretrained=False, num_classes=7).eval()
-    given = {"x": torch.randn(2, *model.default_cfg["input_size"])}
-    return _ran(Built(model, given, "as it is", lambda: _from_timm(name).model))
+    model = timm.create_model(name, pretrained=False, num_classes=7, **options).eval()
+    if sum(parameter.numel() for parameter in model.parameters()) > _LIMIT:
+        raise ValueError("too many parameters")
+    return stirred(model)
 
 
 def _classes(kind: str) -> list[str]:

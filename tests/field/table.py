@@ -94,7 +94,7 @@ def _refused(built: list[Record]) -> list[str]:
 
 def _unbuilt(found: list[Record]) -> list[str]:
     rows = [f"| {r['name']} | {_cell(r['unbuilt'])} |" for r in found if "unbuilt" in r]
-    timm = [] if any(r["name"].startswith("timm/") for r in found) else ["| timm | not installed |"]
+    timm = [] if any(r["name"].startswith("timm/") for r in found) else ["| timm | not installed, or not importable |"]
     return ["## Not built, and why", "", "| architecture | why |", "|---|---|", *rows, *timm, ""]
 
 
