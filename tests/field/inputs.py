@@ -47,11 +47,19 @@ def _videos(config: Any) -> list[Tensor]:
     return [image.unsqueeze(1).repeat(1, frames, 1, 1, 1) for image in _images(config)]
 
 
+def _patches(config: Any) -> list[Tensor]:
+    temporal, patch = size(config, 1, "temporal_patch_size"), size(config, 8, "patch_size")
+    return [torch.randn(16, 3 * temporal * patch * patch)]
+
+
 def _pixels(config: Any) -> list[Tensor]:
     """Images, videos, and the flat patches that some models are given."""
-    temporal, patch = size(config, 1, "temporal_patch_size"), size(config, 8, "patch_size")
-    flat = torch.randn(16, 3 * temporal * patch * patch)
-    return [*_images(config), flat, *(image.unsqueeze(1) for image in _images(config)[:1]), *_videos(config)]
+    return [
+        *_images(config),
+        *_patches(config),
+        *(image.unsqueeze(1) for image in _images(config)[:1]),
+        *_videos(config),
+    ]
 
 
 def _sounds(config: Any) -> list[Tensor]:
@@ -98,7 +106,10 @@ MAKERS: dict[str, Maker] = {
     "future_values": lambda c: [torch.randn(_BATCH, size(c, 8, "prediction_length"))],
     "bbox": lambda c: [torch.tensor([1, 2, 5, 9]).expand(_BATCH, _TOKENS, 4)],
     "inputs_embeds": lambda c: [torch.randn(_BATCH, _TOKENS, size(c, 32, "hidden_size", "d_model"))],
-    "hidden_states": lambda c: [torch.randn(_BATCH, _TOKENS, size(c, 32, "hidden_size", "d_model", "dim"))],
+    "hidden_states": lambda c: [
+        torch.randn(_BATCH, _TOKENS, size(c, 32, "hidden_size", "d_model", "dim")),
+        *_patches(c),
+    ],
     "encoder_hidden_states": lambda c: [
         torch.randn(_BATCH, _TOKENS, width)
         for width in dict.fromkeys(
@@ -109,6 +120,10 @@ MAKERS: dict[str, Maker] = {
     "input_features_mask": lambda c: [torch.ones(_BATCH, 64, dtype=torch.long)],
     "feature_attention_mask": lambda c: [torch.ones(_BATCH, 64, dtype=torch.long)],
     "image_grid_thw": lambda c: [torch.tensor([[1, 4, 4]])],
+    "merge_sizes": lambda c: [torch.tensor([1])],
+    "pixel_mask": lambda c: [torch.ones(image.shape[0], *image.shape[2:], dtype=torch.long) for image in _images(c)],
+    "image_embeds": lambda c: [torch.randn(_BATCH, 4, size(c, 32, "hidden_size"))],
+    "image_embeds_position_mask": lambda c: [torch.tensor([0, 1, 1, 1, 1, 0, 0, 0]).expand(_BATCH, -1)],
     "grid_thw": lambda c: [torch.tensor([[1, 4, 4]])],
     "visual_feats": lambda c: [torch.randn(_BATCH, 4, size(c, 2048, "visual_feat_dim"))],
     "visual_pos": lambda c: [torch.rand(_BATCH, 4, size(c, 4, "visual_pos_dim"))],

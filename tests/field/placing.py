@@ -1,5 +1,6 @@
 """Where each kind of adapter goes in a model, and where it is refused."""
 
+import contextlib
 import inspect
 import re
 from collections import Counter
@@ -64,7 +65,18 @@ def attentions(subject: Subject) -> list[Host]:
 
 
 def models(subject: Subject) -> list[Host]:
-    return [("", {})] if "inputs_embeds" in inspect.signature(subject.built.model.forward).parameters else []
+    """The model itself, if it runs from embedded tokens by itself."""
+    model = subject.fresh()
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters or "input_ids" not in subject.built.inputs:
+        return []
+    with contextlib.suppress(NotImplementedError):  # of a model that has no embedding, which Prompt must refuse
+        embedded = model.get_input_embeddings()(subject.built.inputs["input_ids"])
+        rest = {key: value for key, value in subject.built.inputs.items() if key != "input_ids"}
+        try:
+            model(inputs_embeds=embedded, **rest)
+        except Exception:
+            return []
+    return [("", {})]
 
 
 KINDS = [

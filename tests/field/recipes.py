@@ -86,6 +86,9 @@ RULES: list[Rule] = [
     (r"^n_groups$|mamba_n_?groups", _bounded(1)),
     (r"(kv|key_value)_.*heads?$|kv_heads", _heads("groups")),
     (r"(^|_)n?u?m?_?(attention_)?heads$|^n_head$", _heads("heads")),
+    (r"^attention_hidden_size$", _width(2)),  # Zamba's: two streams
+    (r"^attention_head_dim$", lambda v, r: 2 * r.head or v),
+    (r"^qk_head_dim$", lambda v, r: 2 * _head_width(v, r) if r.width else _head_width(v, r)),  # with and without rope
     (r"head_(dim|size)$|^dim_head$|^d_kv$|d_head$", _head_width),
     (r"(^|_)(layers?|depth|blocks)$|^n_layer$|^layers$|layers?_num$", lambda v, r: min(v, r.depth)),
     (r"num_queries|num_latents|query_tokens|n_latents", _bounded(8)),
@@ -93,7 +96,11 @@ RULES: list[Rule] = [
     (_WIDE, _width(1)),
 ]
 _DEPTHS = r"^depths?$|layers$|^num_.*blocks|blocks_per_stage|numb_of_layers"
-_NEEDED = {"vocab_size": VOCABULARY, "prediction_length": 8}  # of None by default, where a model cannot do without
+_NEEDED = {
+    "vocab_size": VOCABULARY,
+    "prediction_length": 8,
+    "attn_layer_indices": [1],
+}  # of None by default, where a model cannot do without
 _TOKENS = r"(token|bos|eos|pad|start|end|mask|sep|cls|image|video|audio)_(ids?|index)$|_token_(id|index)s?$"
 
 
