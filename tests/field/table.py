@@ -12,6 +12,25 @@ import transformers
 
 Record = dict[str, Any]
 
+_INTRODUCTION = """# On models that nobody here wrote
+
+`make field` builds every architecture of transformers from a tiny configuration, every family of timm on small images,
+and a shelf of hand-written nets; it puts each adapter type into all modules that it may be for (two of each that are
+alike), and holds it to laws that need no knowledge of the model:
+
+- unchanged at the start, in eval and in train mode, to the bit (but for Prefix and Prompt)
+- each adapter runs, wherever its module is called or its weight is read; or injecting was refused
+- merged equals unmerged, and unmerging brings back every bit
+- off equals the base to the bit, and on again what it was
+- saved, and loaded into a fresh model: equal to the bit
+- cached decoding equals uncached, where the model generates
+- after three training steps and eject: the base to the bit, buffers too
+- an operation in place on the outputs equals the same out of place, gradients too
+
+A sample runs with the tests (`tests/field/test_field.py`). A run that was stopped goes on where it was; `--retry` runs
+once more what was wrong or not built.
+"""
+
 
 def records(path: Path) -> list[Record]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
@@ -39,11 +58,11 @@ def page(path: Path) -> str:
     found = records(path)
     built = [record for record in found if record["kind"]]
     lines = [
-        "# On models that nobody here wrote", "",
+        _INTRODUCTION,
         f"Run with torch {torch.__version__}, transformers {transformers.__version__}: "
         f"{len({r['name'] for r in built})} architectures built, "
         f"{len({r['name'] for r in found if 'unbuilt' in r})} not.", "",
-        *_kinds(built), *_wrong(found), *_refused(built), *_unbuilt(found),
+        *_kinds(built), *_wrong(found), *_refused(built), *_unbuilt(found), *_built(built),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -66,16 +85,18 @@ def _kinds(built: list[Record]) -> list[str]:
 
 
 def _wrong(found: list[Record]) -> list[str]:
-    lines = ["## Wrong", ""]
-    groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    """One line for each law and way of breaking it: the adapter types, and the architectures."""
+    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in found:
         for law, said in wrong_laws(record).items():
-            groups[law, record["kind"], _shape_of(said)].append(record["name"])
+            groups[law, _shape_of(said)].append(record)
         if "cut" in record:
-            groups["the limit", "", record["cut"]].append(record["name"])
-    for (law, kind, said), names in sorted(groups.items()):
-        lines.append(f"- {law}, {kind}: {said} ({len(names)}: {_listed(names)})")
-    return [*lines, *([] if groups else ["Nothing."]), ""]
+            groups["the limit", record["cut"]].append(record)
+    lines = []
+    for (law, said), own in sorted(groups.items()):
+        kinds, names = ([r[key] for r in own if r[key]] for key in ("kind", "name"))
+        lines.append(f"- {law}: {_cell(said)} ({_listed(kinds)}; {len({*names})}: {_listed(names)})")
+    return ["## Wrong", "", *(lines or ["Nothing."]), ""]
 
 
 def _refused(built: list[Record]) -> list[str]:
@@ -98,10 +119,17 @@ def _unbuilt(found: list[Record]) -> list[str]:
     return ["## Not built, and why", "", "| architecture | why |", "|---|---|", *rows, *timm, ""]
 
 
+def _built(built: list[Record]) -> list[str]:
+    recipes = {record["name"]: record["recipe"] for record in built}
+    return ["## Built, and how", "", ", ".join(f"{name} ({recipe})" for name, recipe in sorted(recipes.items())), ""]
+
+
 def _shape_of(said: str) -> str:
     """A message without what differs from model to model: names, numbers."""
     numbers = re.sub(r"\b\d+(\.\d+)?(e[-+]?\d+)?\b", "N", said)
-    return re.sub(r"(?<=into )\S+|\b[\w.]*\.[\w.]+\b|'[^']*'|\"[^\"]*\"|\b[A-Z]+[a-z]\w*[A-Z]\w*\b", "…", numbers)[:160]
+    names = r"(?<=into )\S+|(?<=(?:buffer|weight) )\w\S*|(?<=are read: ).*|\b[\w.]*\.[\w.]+\b|'[^']*'|\"[^\"]*\""
+    bare = re.sub(names, "…", numbers)
+    return re.sub(r"(\w+ …)(, \w+( …)?)*", r"\1", re.sub(r"\b[A-Z]+[a-z]\w*[A-Z]\w*\b", "…", bare))[:160]
 
 
 def _listed(names: Iterable[str]) -> str:
