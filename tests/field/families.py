@@ -17,7 +17,7 @@ import transformers
 from recipes import RECIPES, Recipe, tiny
 from torch import nn
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 _LIMIT = 20_000_000  # parameters; a copy of a model is made for each law
 _PATIENCE = 8  # seconds of work for finding a recipe
@@ -45,7 +45,7 @@ class Built:
 
 def names() -> list[str]:
     timm = _timm_families(_timm()) if _timm() else ()
-    theirs = [*(f"timm/{name}" for name in timm), *(f"hf/{kind}" for kind in CONFIG_MAPPING_NAMES if _classes(kind))]
+    theirs = [*(f"timm/{name}" for name in timm), *(f"hf/{kind}" for kind in CONFIG_MAPPING if _classes(kind))]
     return [*(f"shelf/{name}" for name in shelf.NETS), *sorted(theirs, key=_scattered)]
 
 

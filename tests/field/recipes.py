@@ -74,6 +74,8 @@ RULES: list[Rule] = [
     (r"vocab", _bounded(VOCABULARY)),
     (r"^num_(labels|mel_bins|channels|feat_extract_layers)|kernel|stride|dilation|window_size$", _kept),
     (r"^num_.*(points|levels)$", _kept),
+    (r"^num_pos_feats$", lambda v, r: r.width // 2 or v),
+    (r"^image_embedding_size$", lambda v, r: r.image // r.patch),
     (r"(image|img|crop|resolution|input_resolution|pretrain_image)_?size$|^resolution$", lambda v, r: min(v, r.image)),
     (r"patch_size$", lambda v, r: min(v, r.patch)),
     (r"(max_|n_)(.*_)?(position|positions|ctx|length|len)|max_pos|max_.*_positions", _bounded(128)),
@@ -162,10 +164,8 @@ def _token(name: str, value: Any, ids: Iterator[int]) -> Iterator[tuple[str, Any
 
 
 def _by_rule(name: str, value: int, recipe: Recipe) -> Any:
-    for pattern, rule in RULES:
-        if re.search(pattern, name):
-            return rule(value, recipe)
-    return value
+    rule = next((rule for pattern, rule in RULES if re.search(pattern, name)), _kept)
+    return rule(value, recipe) if value > 0 else value
 
 
 def _list(name: str, value: Any, recipe: Recipe) -> Any:

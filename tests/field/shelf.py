@@ -152,10 +152,10 @@ class DenseBlock(nn.ModuleDict):
 class Indexed(nn.Sequential):
     """A Sequential that is indexed, sliced and counted by its own forward."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         for layer in self[:-1]:
-            x = F.gelu(layer(x))
-        return self[-1](x) / len(self)
+            input = F.gelu(layer(input))
+        return self[-1](input) / len(self)
 
 
 class Sliced(nn.Module):
