@@ -74,6 +74,8 @@ RULES: list[Rule] = [
     (r"vocab", _bounded(VOCABULARY)),
     (r"^num_(labels|mel_bins|channels|feat_extract_layers)|kernel|stride|dilation|window_size$", _kept),
     (r"^num_.*(points|levels)$", _kept),
+    (r"chunk_size$", _bounded(8)),
+    (r"^rescale_every$", lambda v, r: 1),  # RWKV's, which a small model would never come to
     (r"^num_pos_feats$", lambda v, r: r.width // 2 or v),
     (r"^image_embedding_size$", lambda v, r: r.image // r.patch),
     (r"(image|img|crop|resolution|input_resolution|pretrain_image)_?size$|^resolution$", lambda v, r: min(v, r.image)),
