@@ -82,8 +82,11 @@ def apart(name: str, seconds: int, gigabytes: float) -> list[Record]:
     read, write = os.pipe()
     child = os.fork()
     if not child:
-        os.close(read)
-        _work(name, write, seconds, gigabytes)
+        try:
+            os.close(read)
+            _work(name, write, seconds, gigabytes)
+        finally:  # whatever struck, the child never returns into what its parent was doing
+            os._exit(1)
     os.close(write)
     with os.fdopen(read) as lines:
         records = [json.loads(line) for line in lines if line.endswith("\n")]
