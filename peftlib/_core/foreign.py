@@ -2,7 +2,7 @@
 
 import contextlib
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -58,6 +58,32 @@ def statistics_in(cls: type) -> str | None:
 def keeps_statistics(module: nn.Module) -> bool:
     leaf = statistics_in(type(module))
     return leaf is not None and module._buffers.get(leaf) is not None
+
+
+# The keyword under which a model of transformers takes its cache: up to 5.23 and since, and that of state-space models.
+_CACHES = ("past_key_values", "cache", "cache_params")
+
+
+def tokens_in_cache(arguments: Mapping[str, Any]) -> int | None:
+    """How many tokens came before: 0 where none did, None where some did and their state does not say how many."""
+    for name, item in arguments.items():
+        if name not in _CACHES and hasattr(item, "get_seq_length"):
+            raise AdapterError(
+                f"{name}={type(item).__name__}: this is a cache under a keyword that is not known here, so what it holds "
+                f"would be counted wrongly. Known are {', '.join(_CACHES)}; call the model without a cache."
+            )
+    caches = [arguments[name] for name in _CACHES if arguments.get(name) is not None]
+    length = max((int(_asked(cache, "get_seq_length")) for cache in caches), default=0)
+    return None if not length and any(_asked(cache, "has_previous_state") for cache in caches) else length
+
+
+def _asked(cache: Any, method: str) -> Any:
+    """Of layers of attention there is a length, of layers with a recurrent state whether there is one; a cache refuses
+    the question that none of its layers can answer."""
+    try:
+        return getattr(cache, method)()
+    except (AttributeError, ValueError):
+        return 0
 
 
 def fast_paths_around(model: nn.Module, adapted: set[int]) -> list[nn.Module]:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._core.foreign import tokens_in_cache
 from .._errors import AdapterError
 
 _IGNORED = -100  # the label that losses of transformers leave out
@@ -15,13 +16,12 @@ _ADVICE = "Use Prefix, which leaves the sequence as long as it is."
 def lengthened(named: dict[str, Any], length: int) -> tuple[dict[str, Any], bool]:
     """The inputs for `length` vectors more, and whether these come now: else they are in the cache."""
     batch, tokens = named["inputs_embeds"].shape[:2]
-    cached = named.get("past_key_values")
-    past = int(cached.get_seq_length()) if cached is not None else 0
+    past = tokens_in_cache(named)
     longer = {key: _longer(key, item, (batch, tokens), length, past) for key, item in named.items()}
     return longer, past == 0
 
 
-def _longer(name: str, item: Any, shape: tuple[int, int], length: int, past: int) -> Any:
+def _longer(name: str, item: Any, shape: tuple[int, int], length: int, past: int | None) -> Any:
     if not isinstance(item, Tensor) or name == "inputs_embeds":
         if name in ("attention_mask", "position_ids") and item is not None:
             raise AdapterError(f"Prompt: {name} is {type(item).__name__}, of masks that are made already. {_ADVICE}")
@@ -42,7 +42,7 @@ def _longer(name: str, item: Any, shape: tuple[int, int], length: int, past: int
     return F.pad(item, (length, 0), value=_IGNORED if name == "labels" else 0) if past == 0 else item
 
 
-def _mask(mask: Tensor, shape: tuple[int, int], length: int, past: int) -> Tensor:
+def _mask(mask: Tensor, shape: tuple[int, int], length: int, past: int | None) -> Tensor:
     """[batch, tokens], those in the cache included: these vectors are seen."""
     if mask.dim() != 2:
         raise AdapterError(f"Prompt: attention_mask is {tuple(mask.shape)}, made for all layers already. {_ADVICE}")
