@@ -24,6 +24,7 @@ MODELS: dict[str, Any] = {
 def prompted(name: str) -> Any:
     torch.manual_seed(0)
     model = MODELS[name]().eval()
+    model.generation_config.eos_token_id = None
     peftlib.inject(model, lambda at, module: at == "", Prompt, length=3, init="normal")
     for parameter in peftlib.parameters(model):
         torch.nn.init.normal_(parameter)

@@ -1,9 +1,9 @@
 """Runs the suite against each mutation of a source: each must fail a test, or be explained in `mutations.toml`.
 
-`PYTHONPATH=tests python -m tools.mutate peftlib/_core/merge.py` prints what survives. One run of the tests first finds which
-of them reach which line, and how long each takes; a mutation then meets those that reach it, the fastest first, until
-one fails. It does so in a fork of a process that has collected the tests, where the code of the functions is exchanged;
-or, if it lies outside of functions, in a process that has yet to import peftlib.
+`PYTHONPATH=tests python -m tools.mutate peftlib/_core/merge.py` prints what survives. One run of the tests first
+finds which of them reach which line, and how long each takes; a mutation then meets those that reach it, the fastest
+first, until one fails. It does so in a fork of a process that has collected the tests, where the code of the
+functions is exchanged; or, if it lies outside of functions, in a process that has yet to import peftlib.
 """
 
 import argparse
