@@ -74,7 +74,7 @@ def tokens_in_cache(arguments: Mapping[str, Any]) -> int | None:
             )
     caches = [arguments[name] for name in _CACHES if arguments.get(name) is not None]
     length = max([0, *[int(_asked(cache, "get_seq_length")) for cache in caches]])
-    return None if not length and any([_asked(cache, "has_previous_state") for cache in caches]) else length
+    return None if not length and any(_asked(cache, "has_previous_state") for cache in caches) else length
 
 
 def _asked(cache: Any, method: str) -> Any:
