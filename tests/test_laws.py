@@ -102,7 +102,7 @@ def _bottleneck_beside(config: dict[str, Any], leaves: Leaves, owner: Any, args:
 @dataclass(frozen=True)
 class Kind:
     """One row: how the kind is put in, and by hand, what each weight then is, or, for a kind without a weight form,
-    `beside`: what the host then gives. `refuses` gives a message or none."""
+    `beside`: what the host then gives. `refuses` gives what the message names, or nothing."""
 
     name: str
     kind: type[peftlib.Adapter]
@@ -122,12 +122,12 @@ def _no_matrix(host: Host) -> str:
 
 
 def _no_input(host: Host) -> str:
-    return host.no_lora or ("" if host.own_input else "no input of its own")
+    return host.no_lora or ("" if host.own_input else r"dropout=0\.4")
 
 
 def _hooked(host: Host) -> str:
     """A hook computes the weight before the host's forward, so a copy of what it computes from would not act."""
-    return "a hook computes 'weight' from it" if host.settles else ""
+    return "hook.*'weight'" if host.settles else ""
 
 
 def _lora(name: str, refuses: Callable[[Host], str] = _no_matrix, **config: Any) -> Kind:
@@ -140,8 +140,8 @@ def _dora(name: str, refuses: Callable[[Host], str] = _no_matrix, **config: Any)
     return dataclasses.replace(row, kind=peftlib.DoRA, weights=_dora_weights, roundings=7)
 
 
-_NO_SIZE = "does not say how many features"
-_FEATURELESS = {"experts": _NO_SIZE, "raw-matrix": _NO_SIZE, "attention-out": "reads the weights of its child"}
+_NO_SIZE = "dim="
+_FEATURELESS = {"experts": _NO_SIZE, "raw-matrix": _NO_SIZE, "attention-out": "'out_proj'"}
 _KEEPING = ("conv1d-grouped-unbatched", "conv2d-reflect")  # of the convolutions: as many places out as in
 
 
@@ -151,14 +151,14 @@ def _no_features(host: Host) -> str:
 
 def _no_parallel(host: Host) -> str:
     if host.name.startswith(("bag", "embedding", "scaled-embedding", "tied-embedding")):
-        return "does not say how many features it reads"
+        return 'position="after"'
     convolves = host.name.startswith(("conv", "transposed", "weight-norm-hook")) and not host.name.endswith("scaled")
-    return "another number of places" if convolves and host.name not in _KEEPING else _no_features(host)
+    return 'position="after"' if convolves and host.name not in _KEEPING else _no_features(host)
 
 
 def _no_factor(host: Host) -> str:
     unknown = host.name.startswith(("bilinear", "experts", "raw-matrix", "lstm", "gru", "rnn"))
-    return "IA3 does not know" if unknown else "reads the weights of its child" if host.name == "attention-out" else ""
+    return "IA3.*Linear" if unknown else "'out_proj'" if host.name == "attention-out" else ""
 
 
 def _no_input_factor(host: Host) -> str:
@@ -168,7 +168,7 @@ def _no_input_factor(host: Host) -> str:
         "encoder-eval-linear1",
     )
     inputless = whole or host.name.startswith(lookups_and_norms)
-    return "has no input that a factor" if inputless else _no_factor(host)
+    return 'on="output"' if inputless else _no_factor(host)
 
 
 def _bottleneck(name: str, refuses: Callable[[Host], str] = _no_features, **config: Any) -> Kind:
@@ -182,8 +182,8 @@ def _bottleneck(name: str, refuses: Callable[[Host], str] = _no_features, **conf
 
 def _no_attention(host: Host) -> str:
     if host.name == "attention-out":
-        return "reads the weights of its child"
-    return "" if host.name.startswith("attention") else "does not say how many key and value heads"
+        return "'out_proj'"
+    return "" if host.name.startswith("attention") else "heads="
 
 
 KINDS = [
@@ -541,7 +541,7 @@ def test_eject_leaves_everything_as_it_was(kind, host, tmp_path):
 
 def refuses_merge(kind: Kind, host: Host) -> str:
     if kind.weights is None:
-        return "which has no weight form"
+        return kind.kind.__name__
     return host.no_full_merge if kind.kind is peftlib.Full else host.no_merge
 
 

@@ -24,6 +24,7 @@ from support.helpers import (
     snapshot,
     tokens,
 )
+from support.refusals import refused
 
 pytestmark = pytest.mark.mutants
 
@@ -198,10 +199,8 @@ def test_merge_into_the_last_weight_refuses_after_all_others_are_written(backup)
     moved(model)
     with torch.no_grad():
         list(peftlib.adapters(model))[-1][2].lora_B[0, 0] = float("nan")
-    before = snapshot(model)
-    with pytest.raises(AdapterError, match="into 5: lora_B holds NaN"):
+    with refused(model, "5", "lora_B", "NaN"):
         peftlib.merge(model, backup=backup)
-    assert changes(before, model) == []
 
 
 def test_an_interrupt_in_the_middle_of_a_merge_is_no_exception_to_the_rule(monkeypatch):
@@ -281,11 +280,9 @@ def test_a_fault_really_strikes_and_a_change_is_really_seen():
 
 def test_activate_and_train_only_of_an_absent_name_change_nothing():
     model = adapted()
-    before = snapshot(model)
     for act in (peftlib.activate, peftlib.train_only):
-        with pytest.raises(AdapterError, match="no adapter named 'c'"):
+        with refused(model, "Network", "'c'"):
             act(model, "a", "c")
-    assert changes(before, model) == []
 
 
 # ---- unmerge, freezing and unfreezing

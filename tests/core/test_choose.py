@@ -24,6 +24,7 @@ from support.helpers import (
     snapshot,
     tokens,
 )
+from support.refusals import refused
 
 pytestmark = pytest.mark.mutants
 
@@ -152,7 +153,7 @@ def test_an_adapter_that_is_ejected_inside_its_own_block_is_gone_after_it():
         peftlib.inject(model, "head", LoRA, name="b")
     assert active(model) == {"b"}
     peftlib.activate(model)
-    with pytest.raises(AdapterError, match="no adapter is active"):
+    with refused(None, "active"):
         peftlib.merge(model)
 
 
@@ -330,8 +331,8 @@ CHANGES = {
     "unmerge": peftlib.unmerge,
 }
 every_change = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-THROUGH = r": this is a view, and a view only selects\. Call it on the model that it was made from\."
-BESIDE = r": \d view\(s\) of this model are alive and would change too\. Delete them first\."
+THROUGH = "a view"  # what is refused on a view, and beside one
+BESIDE = "view(s)"
 
 
 @every_change
@@ -339,9 +340,9 @@ def test_a_view_only_selects(change):
     model = two()
     other = peftlib.view(model, "a")
     before, before_other = snapshot(model), snapshot(other)
-    with pytest.raises(AdapterError, match=THROUGH):
+    with refused(None, THROUGH):
         change(other)
-    with pytest.raises(AdapterError, match=BESIDE):
+    with refused(None, BESIDE):
         change(model)
     assert changes(before, model) == []
     assert changes(before_other, other) == []
@@ -372,13 +373,13 @@ def test_a_view_of_a_view_counts_too(change):
     model = two()
     first = peftlib.view(model, "a")
     second = peftlib.view(first, "b")
-    with pytest.raises(AdapterError, match=THROUGH):
+    with refused(None, THROUGH):
         change(second)
     del first
     gc.collect()
-    with pytest.raises(AdapterError, match=BESIDE):
+    with refused(None, BESIDE):
         change(model)
-    with pytest.raises(AdapterError, match=THROUGH):
+    with refused(None, THROUGH):
         change(second)
 
 
@@ -386,9 +387,9 @@ def test_a_view_of_a_view_counts_too(change):
 def test_a_view_is_seen_from_a_part_of_the_model(change):
     model = two()
     other = peftlib.view(model, "a")
-    with pytest.raises(AdapterError, match=BESIDE):
+    with refused(None, BESIDE):
         change(model.layers)
-    with pytest.raises(AdapterError, match=THROUGH):
+    with refused(None, THROUGH):
         change(other.layers)
 
 
@@ -397,7 +398,7 @@ def test_loading_is_refused_through_and_beside_a_view(tmp_path):
     peftlib.save(model, tmp_path / "a.safetensors", "a")
     other = peftlib.view(model, "a")
     for face, message in ((other, THROUGH), (model, BESIDE)):
-        with pytest.raises(AdapterError, match=message):
+        with refused(None, message):
             peftlib.load(face, tmp_path / "a.safetensors", name="c")
     peftlib.save(other, tmp_path / "b.safetensors", "b")
     del other

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
 import peftlib
-from peftlib import IA3, AdapterError, Bottleneck, Full, LoRA
+from peftlib import IA3, Bottleneck, Full, LoRA
 from support.ecosystem import close, moved
 from support.faults import Fault, Steps, fail_at_every_call, fail_at_every_step, steps_of
-from support.helpers import bits, changes, snapshot
+from support.helpers import bits
 from support.quantised import BASES, BY_NAME, WIDTH, Base, by_torchao, chain, four_bits
+from support.refusals import refused
 
 each_base = pytest.mark.parametrize("base", BASES, ids=lambda base: base.name)
 EPSILON = torch.finfo(torch.float32).eps
@@ -278,40 +279,38 @@ def merged_already() -> Any:
     return model
 
 
-REFUSALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], str]] = {
+REFUSALS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any], tuple[str, ...]]] = {
     "without merge": (
         adapted, lambda m: peftlib.eject(m, dequantize=True),
-        r"^eject: dequantize=True without merge=True .*\. Pass both, or neither\.$",
+        ("eject", "dequantize=True", "merge=True"),
     ),
-    "an absent name": (adapted, lambda m: dequantised(m, "other"), r"has no adapter named 'other'"),
-    "merged already": (merged_already, dequantised, r"^eject: default is merged into the base\. Call unmerge first\.$"),
-    "no weight form": (lambda: adapted(kind=Bottleneck), dequantised, r"a Bottleneck on 0, which has no weight form"),
+    "an absent name": (adapted, lambda m: dequantised(m, "other"), ("Sequential", "'other'")),
+    "merged already": (merged_already, dequantised, ("eject", "default", "unmerge")),
+    "no weight form": (lambda: adapted(kind=Bottleneck), dequantised, ("0", "Bottleneck")),
     "a forward of its own": (
         lambda: with_own_forward("0"), dequantised,
-        r"^0: a forward was put on this Linear itself before inject, .* load it again\.",
+        ("0", "forward", "Linear"),
     ),
     "a forward of its own, on the root": (
-        lambda: with_own_forward(""), dequantised, r"^the root: a forward was put on this Linear itself before inject",
+        lambda: with_own_forward(""), dequantised, ("the root", "forward", "Linear"),
     ),
-    "a class above": (with_class_above, dequantised, r"^2: Foreign was put above the adapted Linear after inject\."),
-    "not finite": (with_nan, dequantised, r'^cannot merge "default" into 2: lora_A holds NaN or infinity'),
+    "a class above": (with_class_above, dequantised, ("2", "Foreign", "Linear")),
+    "not finite": (with_nan, dequantised, ("2", '"default"', "lora_A", "NaN")),
 }  # fmt: skip
 
 
 @pytest.mark.mutants
-@pytest.mark.parametrize(("make", "act", "message"), REFUSALS.values(), ids=REFUSALS)
-def test_a_refusal_says_why_and_leaves_the_model_as_it_was(make, act, message):
+@pytest.mark.parametrize(("make", "act", "names"), REFUSALS.values(), ids=REFUSALS)
+def test_a_refusal_says_why_and_leaves_the_model_as_it_was(make, act, names):
     model = make()
-    before = snapshot(model)
-    with pytest.raises(AdapterError, match=message):
+    with refused(model, *names):
         act(model)
-    assert changes(before, model) == []
 
 
 def test_a_live_view_stands_in_the_way():
     model = adapted()
     other = peftlib.view(model)
-    with pytest.raises(AdapterError, match=r"^eject: 1 view\(s\) of this model are alive"):
+    with refused(None, "eject", "1", "view(s)"):
         dequantised(model)
     del other
     dequantised(model)
@@ -336,7 +335,7 @@ def test_layers_whose_codes_lie_in_a_floating_point_dtype_are_known_by_their_sha
     model = adapted(Base("", four_bits("nf4", quant_storage=torch.bfloat16), BASES[4].values))
     assert model[0].weight.dtype == torch.bfloat16
     live: Tensor = model(X)
-    with pytest.raises(AdapterError, match=r"0\.weight: it is quantised \(\[4096, 1\] of torch\.bfloat16\)"):
+    with refused(model, "0.weight", "[4096, 1]", "torch.bfloat16"):
         peftlib.merge(model)
     assert max(dequantised(model).values()) <= 16 * EPSILON
     assert close(model(X), live)

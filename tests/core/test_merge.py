@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import peftlib
-from peftlib import AdapterError, Full, LoRA
+from peftlib import Full, LoRA
 from support.helpers import (
     Gain,
     Offset,
@@ -30,6 +30,7 @@ from support.helpers import (
     snapshot,
     tokens,
 )
+from support.refusals import refused
 
 pytestmark = pytest.mark.mutants
 
@@ -237,7 +238,7 @@ def kept(model: nn.Module) -> list[Tensor]:
 
 def test_backup_on_the_cpu_is_a_copy_and_another_word_is_a_value_error():
     model = several()
-    with pytest.raises(ValueError, match='backup=\'disk\': expected "device" or "cpu"'):
+    with pytest.raises(ValueError, match=r"backup='disk'.*device.*cpu"):
         peftlib.merge(model, backup="disk")
     peftlib.merge(model, backup="cpu")
     assert kept(model)
@@ -440,7 +441,7 @@ def test_overlapping_memory_is_a_tie_too():
     model = chain(nn.Linear(4, 8, bias=False), nn.Linear(4, 4, bias=False))
     model[1].weight = nn.Parameter(model[0].weight.detach()[2:6])
     peftlib.inject(model, "1", LoRA)
-    with pytest.raises(AdapterError, match=r"cannot merge \"default\" into 1\.weight: it is also 0\.weight"):
+    with refused(None, "1.weight", '"default"', "0.weight"):
         peftlib.merge(moved(model))
 
 
@@ -553,7 +554,7 @@ def test_a_stream_may_be_dropped_in_the_middle():
 def test_a_stream_refuses_before_its_first_tensor():
     model = linears()
     peftlib.inject(model, "1", Offset)
-    with pytest.raises(AdapterError, match="no weight form"):
+    with refused(model, "1", "merged_state_dict", "Offset"):
         peftlib.merged_state_dict(model)
 
 

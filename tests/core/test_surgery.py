@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
 
 import peftlib
-from peftlib import AdapterError, Full, LoRA
+from peftlib import Full, LoRA
 from support.helpers import (
     Gain,
     Offset,
@@ -31,6 +31,7 @@ from support.helpers import (
     snapshot,
     tokens,
 )
+from support.refusals import refused
 
 pytestmark = pytest.mark.mutants
 
@@ -106,7 +107,7 @@ def test_a_wrapper_that_came_after_inject_is_refused_at_eject():
     peftlib.inject(model, nn.Linear, LoRA)
     wrapped(model[0])
     before = snapshot(model)
-    with pytest.raises(AdapterError, match="0: a forward was put on this Linear itself after inject"):
+    with refused(None, "0", "forward"):
         peftlib.eject(model)
     assert changes(before, model) == []
 
@@ -135,7 +136,7 @@ def test_a_class_on_top_can_be_taken_away_and_then_eject_works():
     before = snapshot(model)
     peftlib.inject(model, nn.Linear, LoRA)
     parametrize.register_parametrization(model[1], "weight", nn.Tanh())
-    with pytest.raises(AdapterError, match=r"1: ParametrizedLinear was put above the adapted Linear after inject"):
+    with refused(None, "1", "ParametrizedLinear", "Linear"):
         peftlib.eject(model)
     parametrize.remove_parametrizations(model[1], "weight", leave_parametrized=False)
     peftlib.eject(model)
@@ -600,7 +601,7 @@ def test_an_ejected_name_is_unknown_and_acts_no_more():
         peftlib.inject(model, nn.Linear, LoRA, name=name)
     moved(model)
     peftlib.eject(model, "a")
-    with pytest.raises(AdapterError, match=r"has no adapter named 'a'"):
+    with refused(model, "'a'"):
         peftlib.activate(model, "a")
     with peftlib.merged(model):
         assert {row.name: row.state for row in peftlib.summary(model).rows} == {"b": "merged"}
@@ -612,7 +613,7 @@ def test_where_the_active_name_was_ejected_none_is_active():
         peftlib.inject(model, nn.Linear, LoRA, name=name)
     peftlib.activate(model, "a")
     peftlib.eject(model, "a")
-    with pytest.raises(AdapterError, match=r"merge: no adapter is active\. Name one of 'b'\."):
+    with refused(None, "merge", "active", "'b'"):
         peftlib.merge(model)
 
 
@@ -640,7 +641,7 @@ def test_a_merged_host_that_is_given_other_weights_is_named(at, make):
     state = copy.deepcopy(model.state_dict())
     peftlib.inject(model, "1" if at == "1" else nn.Linear, LoRA)
     peftlib.merge(model)
-    with pytest.raises(AdapterError, match=rf"load_state_dict: default is merged into {at}, and unmerge would bring"):
+    with refused(None, "load_state_dict", "default", at):
         model.load_state_dict(state)
 
 
@@ -665,9 +666,7 @@ def test_parts_of_which_one_is_merged_cannot_be_one_model():
         peftlib.inject(part, "0", LoRA)
     peftlib.merge(moved(merged))
     model = chain(live, merged)
-    with pytest.raises(
-        AdapterError, match=r"a part of this model is merged and another is not\. Call unmerge on the me"
-    ):
+    with refused(None, "merged", "unmerge"):
         peftlib.activate(model, "default")
 
 

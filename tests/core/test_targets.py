@@ -1,7 +1,5 @@
 """Targets name modules: globs, lists, types, predicates; `plan` and `summary` say what they come to."""
 
-import re
-
 import pytest
 import torch
 from torch import nn
@@ -9,6 +7,7 @@ from torch import nn
 import peftlib
 from peftlib import AdapterError, Full, LoRA
 from support.helpers import Gain, chain, changes, linears, network, snapshot
+from support.refusals import refused
 
 pytestmark = pytest.mark.mutants
 
@@ -72,7 +71,7 @@ def test_exclude_takes_away(exclude, hosts):
 
 @pytest.mark.parametrize("pattern", ["proj", "q_pro", "Q_PROJ", "layers.0.q", "q_proj.weight", "ayers.0.q_proj"])
 def test_a_glob_matches_whole_parts_only_and_case_counts(pattern):
-    with pytest.raises(AdapterError, match=f"no module matches {pattern!r}"):
+    with refused(None, "targets", repr(pattern)):
         found(pattern)
 
 
@@ -90,28 +89,25 @@ def test_a_glob_matches_whole_parts_only_and_case_counts(pattern):
 )
 def test_a_typo_raises_with_the_nearest_name_even_in_a_list(targets, typo, nearest):
     model = network()
-    before = snapshot(model)
-    message = rf"targets: no module matches '{re.escape(typo)}'\. The nearest names are .*'{re.escape(nearest)}'"
     for act in (peftlib.plan, peftlib.inject):
-        with pytest.raises(AdapterError, match=message):
+        with refused(model, "targets", f"'{typo}'", f"'{nearest}'"):
             act(model, targets, LoRA)
-    assert changes(before, model) == []
 
 
 def test_a_typo_in_exclude_raises_too():
-    with pytest.raises(AdapterError, match=r"exclude: no module matches 'haed'\. The nearest names are 'head'"):
+    with refused(None, "exclude", "'haed'", "'head'"):
         found("q_proj", exclude="haed")
 
 
 @pytest.mark.parametrize("wrong", [3, None, [None], {"q_proj": 1}, [["q_proj"]]])
 def test_what_is_no_target_is_a_type_error(wrong):
-    with pytest.raises(TypeError, match=r"targets: expected a glob, a module type or a predicate\(name, module\)"):
+    with pytest.raises(TypeError, match="targets"):
         found(wrong)
 
 
 @pytest.mark.parametrize("wrong", ["LoRA", LoRA.fold, nn.Linear, None])
 def test_what_is_no_kind_is_a_type_error(wrong):
-    with pytest.raises(TypeError, match=r"kind: expected a subclass of peftlib\.Adapter"):
+    with pytest.raises(TypeError, match=r"kind: .*peftlib\.Adapter"):
         found("q_proj", kind=wrong)
 
 
@@ -127,7 +123,7 @@ def test_adapters_are_no_targets():
     model = network()
     peftlib.inject(model, nn.Linear, LoRA)
     assert peftlib.inject(model, lambda name, module: "lora" in name or "head" in name, LoRA, name="b") == ["head"]
-    with pytest.raises(AdapterError, match="no module is a LoRA"):
+    with refused(model, "targets", "LoRA"):
         peftlib.plan(model, LoRA, LoRA)
 
 

@@ -156,7 +156,7 @@ def test_a_file_goes_into_and_out_of_an_offloaded_model(column, spread, tmp_path
 def test_weights_that_are_elsewhere_are_not_merged(column, spread, tmp_path, record_property):
     model = before(column, spread, tmp_path)
     expected = logits(model)
-    with pytest.raises(peftlib.AdapterError, match=r"accelerate keeps its weights|has no weight form") as error:
+    with pytest.raises(peftlib.AdapterError, match="accelerate" if column.folds else column.name) as error:
         peftlib.merge(model)
     assert torch.equal(logits(model), expected)
     refused(record_property, error)

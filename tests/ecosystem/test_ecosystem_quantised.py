@@ -53,9 +53,7 @@ def put(model: Any, column: Column, record: Record) -> bool:
         if column.kind is not DoRA:
             peftlib.inject(model, column.llama, column.kind, **column.config)
             return True
-    with pytest.raises(
-        AdapterError, match=r"and DoRA needs the norms of its rows\. Dequantise it, or use LoRA"
-    ) as error:
+    with pytest.raises(AdapterError, match=r"DoRA.*LoRA") as error:
         peftlib.inject(model, column.llama, column.kind, **column.config)
     assert not list(peftlib.adapters(model))
     refused(record, error)
@@ -254,7 +252,7 @@ def test_merging_is_refused_in_words_where_codes_would_change(base, column, reco
             assert close(logits(model), live)
         assert codes(model) == before
         return
-    why = "is quantised .* Keep the adapter live, make .* dequantize=True" if column.folds else "has no weight form"
+    why = ".weight.*dequantize=True" if column.folds else column.name
     for act in (peftlib.merge, _merged, _streamed, lambda m: peftlib.eject(m, merge=True)):
         with pytest.raises(AdapterError, match=why) as error:
             act(model)
@@ -283,7 +281,7 @@ def test_merged_in_float32_the_output_is_the_live_one(base, column, record_prope
     moved(model)
     live, before = logits(model), codes(model)
     if not column.folds:
-        with pytest.raises(AdapterError, match="has no weight form") as error:
+        with pytest.raises(AdapterError, match=column.name) as error:
             peftlib.eject(model, merge=True, dequantize=True)
         assert codes(model) == before
         assert torch.equal(logits(model), live)
@@ -457,10 +455,10 @@ def test_files_of_hf_peft_load_onto_a_quantised_base(base, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "config", "why"),
     [
-        (DoRA, {"rank": 4}, "and DoRA needs the norms of its rows"),
-        (Full, {}, "which cannot train. Leave it out of params"),
-        (Full, {"params": "weight", "rows": [1]}, "Name rows of a floating-point matrix"),
-        (LoRA, {"rank": 4, "init": "pissa"}, "needs the singular vectors of its values. Dequantise it"),
+        (DoRA, {"rank": 4}, "DoRA"),
+        (Full, {}, "params"),
+        (Full, {"params": "weight", "rows": [1]}, "rows"),
+        (LoRA, {"rank": 4, "init": "pissa"}, "singular"),
     ],
     ids=["DoRA", "Full", "Full, rows", "LoRA, pissa"],
 )

@@ -211,7 +211,7 @@ def test_generating_merged_gives_the_same_tokens(column, how, record_property):
     model = llama(column)
     live = generated(model, **how)
     if not column.folds:
-        with pytest.raises(peftlib.AdapterError, match="has no weight form") as error:
+        with pytest.raises(peftlib.AdapterError, match=column.name) as error:
             peftlib.merge(model)
         refused(record_property, error)
         return
@@ -247,7 +247,7 @@ def test_a_merged_model_is_saved_and_read_as_any_other(column, tmp_path, record_
     model = llama(column)
     live = logits(model)
     if not column.folds:
-        with pytest.raises(peftlib.AdapterError, match="has no weight form") as error:
+        with pytest.raises(peftlib.AdapterError, match=column.name) as error:
             peftlib.eject(model, merge=True)
         refused(record_property, error)
         return

@@ -198,7 +198,7 @@ def test_live_and_merged_agree_in_float64(row, animal):
     """1e-10 of the largest value is some 1e5 roundings of float64."""
     model = adapted(row, animal, torch.float64)
     if row.kind.fold is peftlib.Adapter.fold:
-        with pytest.raises(peftlib.AdapterError, match="has no weight form"):
+        with pytest.raises(peftlib.AdapterError, match=row.kind.__name__):
             peftlib.merge(model)
         return
     live = plain(model, animal, torch.float64)

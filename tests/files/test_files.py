@@ -28,6 +28,7 @@ from support.helpers import (
     snapshot,
     tokens,
 )
+from support.refusals import refused
 
 pytestmark = pytest.mark.mutants
 
@@ -298,7 +299,7 @@ def test_metadata_come_back(metadata, path):
 
 
 def test_metadata_that_would_not_come_back_as_they_are_are_refused(path):
-    with pytest.raises(AdapterError, match="metadata"):
+    with refused(None, "metadata"):
         peftlib.save(injected(network(), "head", LoRA), path, metadata={1: "one"})
 
 
@@ -494,14 +495,14 @@ def test_another_base_is_refused_and_its_hosts_are_named(path):
     peftlib.save(mixed(), path)
     other = network(seed=1)
     before = snapshot(other)
-    with pytest.raises(AdapterError, match=r"made on another base: embedding has weights of other values, layers\.0"):
+    with refused(None, "embedding", "values", "strict=False"):
         peftlib.load(other, path)
     assert changes(before, other) == []
 
 
 def test_another_root_is_called_so(path):
     peftlib.save(injected(nn.Linear(4, 4), nn.Linear, LoRA), path)
-    with pytest.raises(AdapterError, match=r"made on another base: the root has weights of other values\. Load it"):
+    with refused(None, "the root", "values", "strict=False"):
         peftlib.load(nn.Linear(4, 4), path)
 
 
@@ -515,7 +516,7 @@ def test_another_base_is_accepted_if_one_asks_for_it(path):
 
 def test_strict_false_still_refuses_other_shapes(path):
     peftlib.save(mixed(), path)
-    with pytest.raises(AdapterError, match=r"has shape \[.*\], this model needs"):
+    with refused(None, "shape"):
         peftlib.load(network(width=6), path, strict=False)
 
 
@@ -524,7 +525,7 @@ def test_one_other_host_is_enough(path):
     other = network()
     with torch.no_grad():
         other.layers[1].q_proj.weight.mul_(1 + 2**-7)
-    with pytest.raises(AdapterError, match=r"made on another base: layers\.1\.q_proj has weights of other values\."):
+    with refused(None, "layers.1.q_proj", "values", "strict=False"):
         peftlib.load(other, path)
 
 
@@ -559,7 +560,7 @@ def test_the_same_base_in_another_dtype_is_accepted(made, loaded, path):
 @pytest.mark.parametrize("loaded", DTYPES)
 def test_another_base_in_another_dtype_is_refused(loaded, path):
     peftlib.save(injected(network(), "q_proj", LoRA), path)
-    with pytest.raises(AdapterError, match="made on another base"):
+    with refused(None, "layers.0.q_proj", "values", "strict=False"):
         peftlib.load(network(seed=1).to(loaded), path)
 
 

@@ -187,7 +187,7 @@ def _bag(per_sample: bool = False) -> Callable[[], tuple[Any, ...]]:
 
 
 def _norm(name: str, make: Callable[[], nn.Module], *shape: int, **rest: Any) -> Host:
-    refusal = "LoRA needs a matrix|no `weight` matrix"
+    refusal = "LoRA.*matrix"
     return Host(name, lambda: Around(make()), lambda: (torch.randn(*shape),), no_lora=refusal, **rest)
 
 
@@ -247,7 +247,7 @@ def _blind() -> dict[str, Any]:
 
 _PACKED, _BOTH = ("in_proj_weight",), ("in_proj_weight", "out_proj.weight")
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-_COMPUTED = "computed from other parameters"
+_COMPUTED = "weight.*computed"
 
 
 def _weight_norm_new(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -419,8 +419,8 @@ HOSTS = [
         {"head": {"weight": rows}},
         target="head",
         own_input=True,
-        no_merge="head.weight: it is also embedding.weight",
-        no_full_merge="head.weight: it is also embedding.weight",
+        no_merge=r"head\.weight.*embedding\.weight",
+        no_full_merge=r"head\.weight.*embedding\.weight",
     ),
     Host(
         "tied-embedding",
@@ -428,8 +428,8 @@ HOSTS = [
         _tokens(3, 4, entries=7),
         {"embedding": {"weight": columns}},
         target="embedding",
-        no_merge="embedding.weight: it is also head.weight",
-        no_full_merge="embedding.weight: it is also head.weight",
+        no_merge=r"embedding\.weight.*head\.weight",
+        no_full_merge=r"embedding\.weight.*head\.weight",
     ),
     Host(
         "weight-norm",

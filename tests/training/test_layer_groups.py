@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import peftlib
-from peftlib import AdapterError, Full, LoRA, SlantedTriangular, discriminative_lr, layer_groups
+from peftlib import Full, LoRA, SlantedTriangular, discriminative_lr, layer_groups
 from support.helpers import chain, linears, network
+from support.refusals import refused
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
 
@@ -189,63 +190,63 @@ def test_statistics_without_parameters_go_with_what_comes_before():
 REFUSALS = {
     "no stack": (
         lambda: layer_groups(chain(nn.Linear(4, 4), nn.LayerNorm(4))),
-        r"layer_groups: Sequential has no stack of blocks .*\. Pass by=, a list of targets from input to output\.",
+        ("layer_groups", "Sequential", "by="),
     ),
     "a stack of two types": (
         lambda: layer_groups(nn.ModuleList([network().layers[0], nn.TransformerEncoderLayer(4, 2, 4)])),
-        r"the root: a ModuleList of Layer, TransformerEncoderLayer, so it does not say .*\. Pass by=, .*\.",
+        ("the root", "Layer", "TransformerEncoderLayer", "by="),
     ),
     "nothing that trains": (
         lambda: layer_groups(network().requires_grad_(False)),
-        r"layer_groups: Network has no parameter that requires a gradient\. Set requires_grad, or inject .*\.",
+        ("layer_groups", "Network", "requires_grad"),
     ),
     "what is left over": (
         lambda: layer_groups(network(), by=["embedding", "layers"]),
-        r"layer_groups: head\.weight, head\.bias in no group\. Name them too, or set requires_grad=False\.",
+        ("layer_groups", "head.weight", "head.bias", "requires_grad=False"),
     ),
     "much that is left over": (
         lambda: layer_groups(network(), by=["head"]),
-        r"layer_groups: embedding\.weight, layers\.0\..*, .* and 7 more in no group\. .*\.",
+        ("layer_groups", "embedding.weight", "7"),
     ),
     "one in two groups": (
         lambda: layer_groups(network(), by=["embedding", "layers", ["head", "layers.1.norm"]]),
-        r"layers\.1\.norm\.weight is in two groups, 'layers' and 'head, layers\.1\.norm'\. Narrow one of the two\.",
+        ("layers.1.norm.weight", "'layers'", "'head, layers.1.norm'"),
     ),
     "a target that is not there": (
         lambda: layer_groups(network(), by=["embeding", "layers", "head"]),
-        r"targets: no module matches 'embeding'\. The nearest names are 'embedding'.*\.",
+        ("targets", "'embeding'", "'embedding'"),
     ),
     "more groups than blocks": (
         lambda: layer_groups(network(), by=5),
-        r"by=5: 4 groups were found\. Ask for 1 to 4, or name them by targets\.",
+        ("by=5", "4"),
     ),
     "a depth of none": (
         lambda: layer_groups(network(), by=lambda name, p: None),
-        r"layer_groups: depth gave None for embedding\.weight\. Give every trainable parameter a depth\.",
+        ("layer_groups", "None", "embedding.weight"),
     ),
-    "no group for the rates": (lambda: discriminative_lr([], 0.1), r"discriminative_lr: there is no group\. Pass .*\."),
+    "no group for the rates": (lambda: discriminative_lr([], 0.1), ("discriminative_lr", "group")),
     "a rate of zero": (
         lambda: discriminative_lr(layer_groups(network()), 0.0),
-        r"discriminative_lr: lr=0\.0 is not a positive number\. Pass lr=2\.6, say\.",
+        ("discriminative_lr", "lr=0.0"),
     ),
     "a decay of zero": (
         lambda: discriminative_lr(layer_groups(network()), 0.1, decay=0),
-        r"discriminative_lr: decay=0 is not .*\.",
+        ("discriminative_lr", "decay=0"),
     ),
     "a triangle without a rise": (
         lambda: SlantedTriangular(torch.optim.SGD(network().parameters()), total_steps=9),
-        r"SlantedTriangular: 0\.1 of 9 steps is no rise\. Pass a share in \(0, 1\) that gives at least one step\.",
+        ("SlantedTriangular", "0.1", "9"),
     ),
     "a triangle upside down": (
         lambda: SlantedTriangular(torch.optim.SGD(network().parameters()), total_steps=90, ratio=0.5),
-        r"SlantedTriangular: ratio=0\.5 is below 1\. Pass ratio=32, say\.",
+        ("SlantedTriangular", "ratio=0.5"),
     ),
 }
 
 
-@pytest.mark.parametrize(("act", "message"), REFUSALS.values(), ids=REFUSALS)
-def test_refusals(act, message):
-    with pytest.raises(AdapterError, match=f"^{message}$"):
+@pytest.mark.parametrize(("act", "names"), REFUSALS.values(), ids=REFUSALS)
+def test_refusals(act, names):
+    with refused(None, *names):
         act()
 
 

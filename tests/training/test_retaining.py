@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import peftlib
 from peftlib import EWC, L2SP, AdapterError, Full, LoRA
 from support.helpers import bits, changes, moved, network, snapshot
+from support.refusals import refused
 
 
 def double(layers: int = 2) -> Any:
@@ -374,53 +375,53 @@ def test_logits_are_found_in_what_language_models_return():
 # ---- refusals
 
 REFUSALS = {
-    "a target that is not there": (lambda: L2SP(double(), targets="tail"), r"targets: no module matches 'tail'\. .*"),
-    "a new part that is not there": (lambda: L2SP(double(), new="tail"), r"targets: no module matches 'tail'\. .*"),
+    "a target that is not there": (lambda: L2SP(double(), targets="tail"), ("targets", "'tail'")),
+    "a new part that is not there": (lambda: L2SP(double(), new="tail"), ("targets", "'tail'")),
     "nothing to hold": (
         lambda: L2SP(nn.ReLU()),
-        r"targets=\(\): no floating-point parameter to hold\. Choose modules with weights\.",
+        ("targets=()",),
     ),
     "a negative strength": (
         lambda: L2SP(double(), alpha=-1),
-        r"alpha=-1: a strength is a finite number of at least 0\. Pass alpha=0\.1, say\.",
+        ("alpha=-1",),
     ),
-    "an infinite strength": (lambda: EWC(Softmax(), task(), labelled, math.inf), r"strength=inf: .*\."),
+    "an infinite strength": (lambda: EWC(Softmax(), task(), labelled, math.inf), ("strength=inf",)),
     "no example": (
         lambda: EWC(Softmax(), iter(()), labelled),
-        r"EWC: batches gave no example\. Pass a data loader or a list; an iterator runs only once\.",
+        ("EWC", "batches"),
     ),
     "one loss for a whole batch": (
         lambda: EWC(Softmax(), task(), lambda model, batch: labelled(model, batch).mean()),
-        r'EWC: losses gave a tensor of shape \(\), not one loss for each example\. Use reduction="none", .*\.',
+        ("EWC", "losses", "()", 'reduction="none"'),
     ),
     "no adapters": (
         lambda: peftlib.distill(double(), torch.zeros(4, 5, 3), tokens()),
-        r"Network has no adapters\. Put some in first: .*\.",
+        ("Network", "peftlib.inject(model, ...)"),
     ),
     "other inputs": (
         lambda: peftlib.distill(adapted(), torch.zeros(4, 3), tokens()),
-        r"distill: what was given has the shape \(4, 3\), and the base gives \(4, 5, 3\)\. Pass the same inputs .*\.",
+        ("distill", "(4, 3)", "(4, 5, 3)"),
     ),
     "a mask of another shape": (
         lambda: peftlib.distill(adapted(), torch.zeros(4, 5, 3), tokens(), mask=torch.ones(4)),
-        r"distill: the mask of shape \(4,\) counts 4 of \(4, 5\) positions\. Pass one of that shape .*\.",
+        ("distill", "mask", "(4,)", "4", "(4, 5)"),
     ),
     "a mask that counts nothing": (
         lambda: peftlib.distill(adapted(), torch.zeros(4, 5, 3), tokens(), mask=torch.zeros(4, 5)),
-        r"distill: the mask of shape \(4, 5\) counts 0 of \(4, 5\) positions\. Pass .*\.",
+        ("distill", "mask", "0", "(4, 5)"),
     ),
     "a temperature of zero": (
         lambda: peftlib.distill(adapted(), torch.zeros(4, 5, 3), tokens(), temperature=0),
-        r"distill: temperature=0 is not a positive number\. Pass temperature=2, say\.",
+        ("distill", "temperature=0"),
     ),
     "no logits": (
         lambda: peftlib.distill(adapted(), (torch.zeros(4, 5, 3),), tokens()),
-        r"distill: the model gave a tuple, which has no logits\. Pass output=, a function .*\.",
+        ("distill", "tuple", "logits", "output="),
     ),
 }
 
 
-@pytest.mark.parametrize(("act", "message"), REFUSALS.values(), ids=REFUSALS)
-def test_refusals(act, message):
-    with pytest.raises(AdapterError, match=f"^{message}$"):
+@pytest.mark.parametrize(("act", "names"), REFUSALS.values(), ids=REFUSALS)
+def test_refusals(act, names):
+    with refused(None, *names):
         act()

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR, ReduceLROnPlateau
 
 import peftlib
-from peftlib import AdapterError, Full, GradualUnfreezing, LoRA, SlantedTriangular, schedules
+from peftlib import Full, GradualUnfreezing, LoRA, SlantedTriangular, schedules
 from support.helpers import bits, network, tokens
+from support.refusals import refused
 
 LAYERS = 3
 GROUPS = ["embedding", "layers.0", "layers.1", "layers.2", "head"]
@@ -598,7 +599,7 @@ def test_lora_plus_and_a_schedule_go_together():
     unfreezing.step()
     assert unfreezing.unfrozen == ["layers.1", "layers.2"]
     own = torch.optim.AdamW(peftlib.lora_plus_groups(model, 0.1))
-    with pytest.raises(AdapterError, match=r"^AdamW lacks layers\.0\..* Give it all groups from the start"):
+    with refused(model, "AdamW"):
         GradualUnfreezing(groups, schedules.every(1), own)
     unfreezing.remove()
     own = torch.optim.AdamW(peftlib.lora_plus_groups(model, 0.1))
@@ -615,7 +616,7 @@ def test_a_second_schedule_takes_the_place_of_the_first():
     assert [group.name for group in groups] == GROUPS, "what is frozen at the moment trains later"
     second = GradualUnfreezing(groups, schedules.every(1), run.optimizer)
     assert second.unfrozen == ["head"]
-    with pytest.raises(AdapterError, match=r"another took its place\. Call step of that one\."):
+    with refused(None, "place", "step"):
         run.unfreezing.step()
     assert len(run.optimizer._optimizer_step_pre_hooks) == 1
 
@@ -678,7 +679,7 @@ def test_the_plan_as_a_picture(tmp_path):
 # ---- refusals
 
 
-def refusals() -> dict[str, tuple[Callable[[Any], Any], str]]:
+def refusals() -> dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]]:
     def build(**changes: Any) -> Callable[[Any], Any]:
         def act(model: Any) -> Any:
             groups = peftlib.layer_groups(model)
@@ -698,43 +699,43 @@ def refusals() -> dict[str, tuple[Callable[[Any], Any], str]]:
     half = lambda groups: torch.optim.SGD(list(groups[-1].parameters.values()), lr=1.0)  # noqa: E731
     whole = lambda groups: torch.optim.SGD([p for g in groups for p in g.parameters.values()], lr=1.0)  # noqa: E731
     return {
-        "no group": (build(groups=[]), r"GradualUnfreezing: there is no group\. Pass those of layer_groups\(model\)\."),
+        "no group": (build(groups=[]), ("GradualUnfreezing", "layer_groups(model)")),
         "a parameter in two groups": (
             build(groups=lambda groups: [*groups, groups[-1]]),
-            r"head\.weight is in two groups, 'head' and 'head'\. Take it out of one\.",
+            ("head.weight", "'head'", "two"),
         ),
         "what never trains": (
             frozen_since,
-            r"head\.weight in group 'head' does not require a gradient\. Call layer_groups again, .*\.",
+            ("head.weight", "'head'", "gradient"),
         ),
         "an optimizer that lacks groups": (
             build(optimizer=half),
-            r"SGD lacks embedding\.weight, layers\.0\.norm\.weight, .* and 12 more, which .*\.",
+            ("SGD", "embedding.weight", "layers.0.norm.weight", "12"),
         ),
         "a warm-up of a group that is several": (
             build(optimizer=whole, warmup=1),
-            r"warmup: the optimizer's group 0 has one learning rate for the layer groups .*head.*\. Make a group .*\.",
+            ("warmup", "0", "head"),
         ),
         "a warm-up without an optimizer": (
             build(warmup=1),
-            r"warmup=1: there is no optimizer to warm up\. Pass optimizer=\.",
+            ("warmup=1", "optimizer="),
         ),
-        "a warm-up below zero": (build(warmup=-1), r"warmup=-1 is not a whole number of at least 0\. Pass .*\."),
+        "a warm-up below zero": (build(warmup=-1), ("warmup=-1",)),
         "too many milestones": (
             build(schedule=schedules.milestones([1, 2, 3, 4, 5])),
-            r"at 1, 2, 3, 4, 5: 5 counts for 4 moves\. Give at most 4\.",
+            ("1, 2, 3, 4, 5", "4"),
         ),
         "a budget that is too short": (
             build(schedule=schedules.linear(4)),
-            r"linear: a budget of 4 is too short for 4 moves\. Raise it, or join groups\.",
+            ("linear", "4"),
         ),
     }
 
 
-@pytest.mark.parametrize(("act", "message"), refusals().values(), ids=refusals())
-def test_refusals_leave_the_model_as_it_was(act, message):
+@pytest.mark.parametrize(("act", "names"), refusals().values(), ids=refusals())
+def test_refusals_leave_the_model_as_it_was(act, names):
     model = network(layers=LAYERS)
-    with pytest.raises(AdapterError, match=f"^{message}$"):
+    with refused(model, *names):
         act(model)
     assert all(p.requires_grad for p in model.parameters())
     loss_of(model, 0).backward()
@@ -742,24 +743,24 @@ def test_refusals_leave_the_model_as_it_was(act, message):
 
 
 @pytest.mark.parametrize(
-    ("act", "message"),
+    ("act", "names"),
     [
-        (lambda: schedules.every(0), r"every: 0 is not a whole number of at least 1\. Pass every\(100\), say\."),
-        (lambda: schedules.every(1.5), r"every: 1\.5 is not .*\."),
-        (lambda: schedules.milestones([3, 2]), r"milestones: \[3, 2\] does not rise\. Sort it\."),
-        (lambda: schedules.cosine(True), r"cosine: True is not .*\."),
-        (lambda: schedules.plateau(0), r"plateau: 0 is not .*\."),
-        (lambda: schedules.plateau(1, threshold=-1), r"plateau: threshold=-1 is negative or not finite\. Pass .*\."),
+        (lambda: schedules.every(0), ("every", "0", "1")),
+        (lambda: schedules.every(1.5), ("every", "1.5")),
+        (lambda: schedules.milestones([3, 2]), ("milestones", "[3, 2]")),
+        (lambda: schedules.cosine(True), ("cosine", "True")),
+        (lambda: schedules.plateau(0), ("plateau", "0")),
+        (lambda: schedules.plateau(1, threshold=-1), ("plateau", "threshold=-1")),
     ],
 )
-def test_schedules_that_make_no_sense(act, message):
-    with pytest.raises(AdapterError, match=f"^{message}$"):
+def test_schedules_that_make_no_sense(act, names):
+    with refused(None, *names):
         act()
 
 
 def test_a_metric_for_a_schedule_that_goes_by_the_count():
     unfreezing = Run(schedules.every(1)).unfreezing
-    with pytest.raises(AdapterError, match=r'^step: "every 1" goes by the count alone\. Call step\(\) without'):
+    with refused(None, "step", '"every 1"', "step()"):
         unfreezing.step(0.5)
     assert unfreezing.unfrozen == ["head"]
 
@@ -768,9 +769,7 @@ def test_a_metric_for_a_schedule_that_goes_by_the_count():
 def test_a_state_of_something_else(key):
     run = Run(schedules.every(1))
     state = {**Run(schedules.every(1)).unfreezing.state_dict(), "stage": 3, key: "other"}
-    with pytest.raises(
-        AdapterError, match=rf"^load_state_dict: {key}: 'other' in the state, .* here\. Make them equal"
-    ):
+    with refused(None, "load_state_dict", key, "'other'"):
         run.unfreezing.load_state_dict(state)
     assert run.unfreezing.unfrozen == ["head"]
 
