@@ -24,6 +24,7 @@ import peftlib
 from peftlib import AdapterError, LoRA
 from support.forgery import DTYPES, Forgery
 from support.helpers import base_bits, bits, changes, linears, moved, network, snapshot
+from support.refusals import refused, require_three_parts
 
 examples = settings(
     max_examples=150,
@@ -171,48 +172,48 @@ def hole(f: Forgery) -> None:
 
 CORPUS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     # the frame: length, JSON, offsets
-    "a length of nothing": (attribute(length=0), "not a sound safetensors file"),
-    "a length one short": (lambda f: vars(f).update(length=len(f.whole()) - 8 - len(f.data) - 1), "not a sound"),
-    "a length that eats the data": (lambda f: vars(f).update(length=len(f.whole()) - 8), "not a sound"),
-    "a length beyond the file": (attribute(length=2**20), "not a sound"),
-    "a length of 2^62": (attribute(length=2**62), "not a sound"),
-    "a length of 2^64 - 1": (attribute(length=-1), "not a sound"),
-    "bytes after the end": (lambda f: vars(f).update(data=f.data + b"\0"), "not a sound"),
-    "bytes missing at the end": (lambda f: vars(f).update(data=f.data[:-1]), "not a sound"),
-    "a hole in the data": (hole, "not a sound"),
-    "two tensors in one place": (shared_memory, "not a sound"),
-    "offsets beyond the file": (entry(data_offsets=[0, 2**40]), "not a sound"),
-    "offsets backwards": (entry(data_offsets=[64, 0]), "not a sound"),
-    "negative offsets": (entry(data_offsets=[-64, 0]), "not a sound"),
-    "offsets in words": (entry(data_offsets=["0", "64"]), "not a sound"),
-    "no offsets": (lambda f: f.entries["head.lora_A"].pop("data_offsets"), "not a sound"),
-    "a tensor that is a list": (lambda f: f.entries.update({"head.lora_A": [1]}), "not a sound"),
+    "a length of nothing": (attribute(length=0), " safetensors "),
+    "a length one short": (lambda f: vars(f).update(length=len(f.whole()) - 8 - len(f.data) - 1), " safetensors "),
+    "a length that eats the data": (lambda f: vars(f).update(length=len(f.whole()) - 8), " safetensors "),
+    "a length beyond the file": (attribute(length=2**20), " safetensors "),
+    "a length of 2^62": (attribute(length=2**62), " safetensors "),
+    "a length of 2^64 - 1": (attribute(length=-1), " safetensors "),
+    "bytes after the end": (lambda f: vars(f).update(data=f.data + b"\0"), " safetensors "),
+    "bytes missing at the end": (lambda f: vars(f).update(data=f.data[:-1]), " safetensors "),
+    "a hole in the data": (hole, " safetensors "),
+    "two tensors in one place": (shared_memory, " safetensors "),
+    "offsets beyond the file": (entry(data_offsets=[0, 2**40]), " safetensors "),
+    "offsets backwards": (entry(data_offsets=[64, 0]), " safetensors "),
+    "negative offsets": (entry(data_offsets=[-64, 0]), " safetensors "),
+    "offsets in words": (entry(data_offsets=["0", "64"]), " safetensors "),
+    "no offsets": (lambda f: f.entries["head.lora_A"].pop("data_offsets"), " safetensors "),
+    "a tensor that is a list": (lambda f: f.entries.update({"head.lora_A": [1]}), " safetensors "),
     # tensors
-    "a shape larger than its data": (entry(shape=[2, 9]), "not a sound"),
-    "a shape of 2^80 elements": (entry(shape=[2**40, 2**40]), "not a sound"),
-    "a shape that overflows to the right size": (entry(shape=[2**62, 4, 16]), "not a sound"),
-    "a negative shape": (entry(shape=[-2, -8]), "not a sound"),
-    "a shape of fractions": (entry(shape=[2.0, 8.0]), "not a sound"),
-    "another shape of the same size": (entry(shape=[4, 4]), r"head\.lora_A has shape \[4, 4\], .* needs \[2, 8\]"),
-    "a shape of a thousand ones": (entry(shape=[1] * 1000 + [2, 8]), "has shape"),
-    "no dimensions": (raw("F32", [], 4), r"has shape \[\]"),
-    "an empty tensor": (raw("F32", [0, 8], 0), r"has shape \[0, 8\]"),
-    "an unknown dtype": (entry(dtype="F33"), "not a sound"),
-    "a dtype of another size": (entry(dtype="F64"), "not a sound"),
-    "integers in place of floats": (entry(dtype="I32"), r"torch\.int32, expected torch\.float32"),
-    "bits": (raw("BOOL", [2, 8], 16), r"torch\.bool, expected torch\.float32"),
-    "complex numbers": (raw("C64", [2, 8], 128), r"torch\.complex64, expected torch\.float32"),
-    "eight-bit floats": (raw("F8_E4M3", [2, 8], 16), r"torch\.float8_e4m3fn, expected torch\.float32"),
+    "a shape larger than its data": (entry(shape=[2, 9]), " safetensors "),
+    "a shape of 2^80 elements": (entry(shape=[2**40, 2**40]), " safetensors "),
+    "a shape that overflows to the right size": (entry(shape=[2**62, 4, 16]), " safetensors "),
+    "a negative shape": (entry(shape=[-2, -8]), " safetensors "),
+    "a shape of fractions": (entry(shape=[2.0, 8.0]), " safetensors "),
+    "another shape of the same size": (entry(shape=[4, 4]), r"head\.lora_A .*\[4, 4\].*\[2, 8\]"),
+    "a shape of a thousand ones": (entry(shape=[1] * 1000 + [2, 8]), "shape"),
+    "no dimensions": (raw("F32", [], 4), r"shape \[\]"),
+    "an empty tensor": (raw("F32", [0, 8], 0), r"shape \[0, 8\]"),
+    "an unknown dtype": (entry(dtype="F33"), " safetensors "),
+    "a dtype of another size": (entry(dtype="F64"), " safetensors "),
+    "integers in place of floats": (entry(dtype="I32"), r"torch\.int32.*torch\.float32"),
+    "bits": (raw("BOOL", [2, 8], 16), r"torch\.bool.*torch\.float32"),
+    "complex numbers": (raw("C64", [2, 8], 128), r"torch\.complex64.*torch\.float32"),
+    "eight-bit floats": (raw("F8_E4M3", [2, 8], 16), r"torch\.float8_e4m3fn.*torch\.float32"),
     "six-bit floats": (raw("F6_E2M3", [2, 8], 12), "Dtype not understood"),
-    "four-bit floats": (raw("F4", [2, 8], 8), "has shape|float4|not a sound"),
-    "NaN": (tensor("F32", float("nan")), r"head\.lora_A holds NaN or infinity"),
-    "infinity": (tensor("F32", float("inf")), r"head\.lora_A holds NaN or infinity"),
-    "NaN in float16": (tensor("F16", 1.0, float("nan")), r"head\.lora_A holds NaN or infinity"),
-    "minus infinity in bfloat16": (tensor("BF16", -float("inf")), r"head\.lora_A holds NaN or infinity"),
-    "NaN in float64": (tensor("F64", float("nan")), r"head\.lora_A holds NaN or infinity"),
+    "four-bit floats": (raw("F4", [2, 8], 8), "shape|float4| safetensors "),
+    "NaN": (tensor("F32", float("nan")), r"head\.lora_A .*NaN"),
+    "infinity": (tensor("F32", float("inf")), r"head\.lora_A .*NaN"),
+    "NaN in float16": (tensor("F16", 1.0, float("nan")), r"head\.lora_A .*NaN"),
+    "minus infinity in bfloat16": (tensor("BF16", -float("inf")), r"head\.lora_A .*NaN"),
+    "NaN in float64": (tensor("F64", float("nan")), r"head\.lora_A .*NaN"),
     # keys
     "a tensor twice": (attribute(again=b'"head.lora_A": {"dtype":"F32","shape":[2,8],"data_offsets":[0,64]}'), "twice"),
-    "metadata twice": (attribute(again=b'"__metadata__": {}'), "not a sound|twice"),
+    "metadata twice": (attribute(again=b'"__metadata__": {}'), " safetensors |twice"),
     "a member of the header twice": (twice("name"), "twice"),
     "hosts twice": (twice("hosts"), "twice"),
     "a foreign tensor": (lambda f: f.put("other", "F32", [1], b"\0" * 4), "unexpected other"),
@@ -224,10 +225,10 @@ CORPUS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     ),
     "a tensor with a long name": (lambda f: f.put("x" * 10_000, "F32", [1], b"\0" * 4), "unexpected xxx"),
     "a tensor without a name": (lambda f: f.put("", "F32", [1], b"\0" * 4), "unexpected"),
-    "a foreign member of the header": (header(extra=1), "keys that are none of its own: extra"),
+    "a foreign member of the header": (header(extra=1), "keys.*extra"),
     "a foreign member of a configuration": (
         lambda f: f.header["configs"][0].update(module="os"),
-        "a configuration that is not a kind with keywords",
+        "configuration",
     ),
     # JSON
     "an inner list": (attribute(text="[]"), "format"),
@@ -238,72 +239,72 @@ CORPUS: dict[str, tuple[Callable[[Forgery], Any], str]] = {
     "infinity in JSON": (number("-Infinity", "alpha"), "not JSON"),
     "a float beyond floats": (number("1e999", "alpha"), "not JSON"),
     "an integer of ten thousand digits": (number("9" * 10_000, "rank"), "not JSON"),
-    "an integer of a thousand digits": (number("9" * 1_000, "rank"), "refuses its configuration"),
-    "an alpha of a thousand digits": (number("9" * 1_000, "alpha"), "refuses its configuration"),
+    "an integer of a thousand digits": (number("9" * 1_000, "rank"), "configuration"),
+    "an alpha of a thousand digits": (number("9" * 1_000, "alpha"), "configuration"),
     # hosts
-    "a host named as a path": (host("../head"), r"made for another model: \.\./head"),
-    "a host named as an attribute": (host("head.weight"), r"made for another model: head\.weight"),
-    "a host named as a class": (host("__class__"), "made for another model"),
-    "a host of dots": (host(".."), "made for another model"),
-    "a host with commands for the terminal": (host("\x1b[31mhead"), r"made for another model: \\x1b"),
-    "a host that is only a container": (host("layers"), "ModuleList has no forward"),
+    "a host named as a path": (host("../head"), r"\.\./head"),
+    "a host named as an attribute": (host("head.weight"), r"head\.weight"),
+    "a host named as a class": (host("__class__"), "__class__"),
+    "a host of dots": (host(".."), r"\.\. "),
+    "a host with commands for the terminal": (host("\x1b[31mhead"), r"\\x1b"),
+    "a host that is only a container": (host("layers"), "ModuleList.*forward"),
     "a fingerprint for a host that is not named": (
         lambda f: f.header["base"].update(other=f.header["base"]["head"]),
-        "fingerprints without hosts: other",
+        "fingerprint.*other",
     ),
     "a fingerprint of negative sizes": (
         lambda f: f.header["base"]["head"]["weights"].update(weight=["float32", -3, 8]),
-        "no sound fingerprint",
+        "fingerprint",
     ),
     "a fingerprint with a list for a hash": (
         lambda f: f.header["base"]["head"]["hash"].update(own=[1]),
-        "no sound fingerprint",
+        "fingerprint",
     ),
-    "a hundred thousand parts": (many_parts, "asks for 100001 parts, and there are 4 tensors"),
+    "a hundred thousand parts": (many_parts, "100001 .*4 "),
     # names
-    "a name that is a path": (header(name="../../evil"), "a name is a string without"),
-    "a name that is a path without dots": (header(name="/etc/passwd"), "a name is printable and no path"),
-    "a name that is a path elsewhere": (header(name="C\\evil"), "a name is printable and no path"),
-    "a name with commands for the terminal": (header(name="\x1b[2J"), "a name is printable and no path"),
-    "a name with a null": (header(name="a\0b"), "a name is printable and no path"),
-    "a name of a method": (header(name="forward"), "has an attribute of that name"),
-    "a name of a slot": (header(name="__class__"), "has an attribute of that name"),
+    "a name that is a path": (header(name="../../evil"), "name="),
+    "a name that is a path without dots": (header(name="/etc/passwd"), "name="),
+    "a name that is a path elsewhere": (header(name="C\\evil"), "name="),
+    "a name with commands for the terminal": (header(name="\x1b[2J"), "name="),
+    "a name with a null": (header(name="a\0b"), "name="),
+    "a name of a method": (header(name="forward"), "name=.*ModuleDict"),
+    "a name of a slot": (header(name="__class__"), "name=.*ModuleDict"),
     # kinds
     **{
-        f"kind {name!r}": (kind(name), r"kind '.* is unknown here")
+        f"kind {name!r}": (kind(name), "kind '")
         for name in ("Adapter", "Linear", "torch.nn.Linear", "os.system", "eval", "", "lora", "../LoRA", "x" * 10_000)
     },
-    "another kind": (kind("Full"), "Full refuses its configuration"),
+    "another kind": (kind("Full"), "Full.*configuration"),
     # configurations
     **{
-        f"rank={rank!r}": (config(rank=rank), r"LoRA refuses its configuration \(.*rank")
+        f"rank={rank!r}": (config(rank=rank), "LoRA.*rank")
         for rank in (0, -1, 2.0, True, "2", [2], None, {})
     },
     **{
-        f"rank={rank!r}": (config(rank=rank), "LoRA refuses its configuration|has shape")
+        f"rank={rank!r}": (config(rank=rank), "LoRA.*configuration|shape")
         for rank in (3, 10**6, 10**12, 2**62, 2**63, 2**64, 10**100)
     },
     **{
-        f"{key}={value!r}": (config(**{key: value}), r"refuses its configuration \(.*" + key)
+        f"{key}={value!r}": (config(**{key: value}), "configuration.*" + key)
         for key, value in {
             "host": 1, "self": 1, "cls": 1, "unheard": 1, "__init__": 1, "alpha": "8", "dropout": True, "init": 3,
             "rank_stabilized": 1, "param": ["weight"], "dtype": 32,
         }.items()
     },
     **{
-        f"param={param!r}": (config(param=param), "refuses its configuration|missing")
+        f"param={param!r}": (config(param=param), "configuration|missing")
         for param in ("__dict__", "__class__", "adapters", "weight.data", "..", "", "bias", "forward", "x" * 10_000)
     },
     **{
-        f"dtype={dtype!r}": (config(dtype=dtype), r"refuses its configuration \(.*dtype")
+        f"dtype={dtype!r}": (config(dtype=dtype), "configuration.*dtype")
         for dtype in ("nn", "load", "__dict__", "int8", "complex64", "")
     },
     # the checksum
-    "no checksum": (attribute(sum="none"), "its bits are not those that were saved"),
-    "another checksum": (attribute(sum="0" * 64), "its bits are not those that were saved"),
+    "no checksum": (attribute(sum="none"), "bits"),
+    "another checksum": (attribute(sum="0" * 64), "bits"),
     "an older checksum": (
         lambda f: (vars(f).update(sum=f.checksum(f.metadata["peftlib"])), f.header["metadata"].update(task="other")),
-        "its bits are not those that were saved",
+        "bits",
     ),
 }  # fmt: skip
 
@@ -314,7 +315,9 @@ def test_a_forged_file_is_refused(forge, message, sound, path):
     forgery = Forgery(sound)
     forge(forgery)
     path.write_bytes(forgery.whole())
-    assert re.search(message, load_refused(path))
+    said = load_refused(path)
+    require_three_parts(said)
+    assert re.search(message, said)
 
 
 FRAMES = {
@@ -351,7 +354,7 @@ def test_what_is_no_plain_file_is_refused_and_never_waited_for(tmp_path):
         server.bind(str(tmp_path / "socket"))
         for special in (tmp_path / "pipe", tmp_path / "socket", Path("/dev/zero"), Path("/dev/null")):
             for act in (peftlib.read_header, lambda path: peftlib.load(linears(), path)):
-                with pytest.raises(AdapterError, match="not a plain file"):
+                with refused(None, str(special)):
                     act(special)
 
 
@@ -378,7 +381,7 @@ def test_a_child_that_is_read_but_never_called_is_no_host(path):
     part: Any = nn.MultiheadAttention(8, 2)
     peftlib.inject(part.out_proj, lambda name, module: name == "", LoRA, rank=2)
     peftlib.save(part, path)
-    with pytest.raises(AdapterError, match=r"out_proj is read by its parent without being called"):
+    with refused(None, "out_proj"):
         peftlib.load(nn.MultiheadAttention(8, 2), path)
 
 

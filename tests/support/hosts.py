@@ -187,7 +187,7 @@ def _bag(per_sample: bool = False) -> Callable[[], tuple[Any, ...]]:
 
 
 def _norm(name: str, make: Callable[[], nn.Module], *shape: int, **rest: Any) -> Host:
-    refusal = "LoRA.*matrix"
+    refusal = "(LoRA|DoRA).*matrix"
     return Host(name, lambda: Around(make()), lambda: (torch.randn(*shape),), no_lora=refusal, **rest)
 
 
