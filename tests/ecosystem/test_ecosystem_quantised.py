@@ -17,7 +17,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 
 import peftlib
 from peftlib import IA3, AdapterError, Bottleneck, DoRA, Full, LoRA
-from support.ecosystem import Column, adapter_state, close, feature, gradients, moved, refused, same
+from support.ecosystem import Column, adapter_state, close, feature, gradients, moved, refused, same, tokens
 from support.helpers import bits
 from support.quantised import BASES, HAS_BFLOAT16_KERNEL, KINDS, WIDTH, Base, chain, four_bits, llama
 
@@ -58,10 +58,6 @@ def put(model: Any, column: Column, record: Record) -> bool:
     assert not list(peftlib.adapters(model))
     refused(record, error)
     return False
-
-
-def tokens() -> Tensor:
-    return torch.randint(3, 37, (3, 7), generator=torch.Generator().manual_seed(5))
 
 
 def logits(model: Any, embedded: Tensor | None = None) -> Tensor:

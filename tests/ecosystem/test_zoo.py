@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 import peftlib
 from support import reference
 from support.ecosystem import feature
+from support.helpers import moved
 from support.hosts import without_fast_path
 from support.zoo import BY_NAME, ZOO, Animal
 
@@ -94,15 +95,7 @@ def adapted(row: Row, animal: Animal, dtype: torch.dtype = torch.float32) -> nn.
     model = animal.make(dtype)
     torch.manual_seed(4)
     put(model, row, animal)
-    return moved(model)
-
-
-@torch.no_grad()
-def moved(model: nn.Module) -> nn.Module:
-    torch.manual_seed(3)
-    for parameter in peftlib.parameters(model):
-        parameter.add_(torch.randn(parameter.shape).to(parameter) * 0.2)
-    return model
+    return moved(model, size=0.2)
 
 
 def outputs(model: nn.Module, animal: Animal, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -143,7 +136,7 @@ def test_switched_off_and_ejected_the_model_is_the_base_to_the_bit(row, animal):
     base, model = animal.make().requires_grad_(False), animal.make()
     before, keys = bits(model), list(model.state_dict())
     put(model, row, animal)
-    moved(model)
+    moved(model, size=0.2)
     with_adapter = plain(model, animal)
     with peftlib.activate(model):
         assert same(plain(model, animal), plain(base, animal))
@@ -188,7 +181,7 @@ def test_a_clone_is_identical_and_independent(row, animal, clone):
     expected = plain(model, animal)
     other = clone(model)
     assert same(plain(other, animal), expected)
-    moved(other)
+    moved(other, size=0.2)
     assert not same(plain(other, animal), expected)
     assert same(plain(model, animal), expected)
 
@@ -256,7 +249,7 @@ def test_ia3_equals_dense_weights_in_float64(name, on):
     animal = BY_NAME[name]
     model, base = animal.make(torch.float64), animal.make(torch.float64)
     put(model, Row("ia3", peftlib.IA3, whole), animal, on=on)
-    moved(model)
+    moved(model, size=0.2)
     leaves: list[Tensor] = []
     values: dict[str, Tensor] = {}
     for at, _, part in peftlib.adapters(model):

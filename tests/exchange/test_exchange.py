@@ -41,11 +41,6 @@ class Pipeline(nn.Module):
         return self.unet(x).sum() + self.text_encoder(y).sum()
 
 
-def seeded(make: Any) -> Any:
-    torch.manual_seed(0)
-    return make().eval()
-
-
 def pair(rank: int, *shape: int) -> tuple[Tensor, Tensor]:
     out, inputs, *kernel = shape
     return torch.randn(rank, inputs, *kernel) / 2, torch.randn(out, rank, *[1] * len(kernel)) / 2
@@ -83,7 +78,7 @@ def kohya() -> tuple[dict[str, Tensor], Any]:
         "lora_unet_down_blocks_1_to_q.lora_down.weight": second[0],
         "lora_unet_down_blocks_1_to_q.lora_up.weight": second[1],
     }
-    dense = changed(seeded(Unet), "conv_in", *conv, 1 / 2)
+    dense = changed(helpers.seeded(Unet), "conv_in", *conv, 1 / 2)
     dense = changed(dense, "down_blocks.0.to_q", *first, 6 / 3)
     return tensors, changed(dense, "down_blocks.1.to_q", *second, 1.0)
 
@@ -93,7 +88,7 @@ def test_kohya_s_keys_and_alphas(tmp_path):
     tensors, dense = kohya()
     path = tmp_path / "lora.safetensors"
     save_file(tensors, path, {"ss_network_dim": "4"})
-    model = seeded(Unet)
+    model = helpers.seeded(Unet)
     assert exchange.load(model, path, "kohya") == ["conv_in", "down_blocks.0.to_q", "down_blocks.1.to_q"]
     assert_dense(model, dense, image())
 
@@ -111,9 +106,9 @@ def test_diffusers_says_its_configuration_in_the_metadata(tmp_path):
             "target_modules": ["to_q"], "peft_type": "LORA"}  # fmt: skip
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(tensors, path, {"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in said.items()})})
-    model = seeded(Unet)
+    model = helpers.seeded(Unet)
     exchange.load(model, path, "diffusers")
-    dense = changed(seeded(Unet), "down_blocks.0.to_q", *first, 8 / 4**0.5)
+    dense = changed(helpers.seeded(Unet), "down_blocks.0.to_q", *first, 8 / 4**0.5)
     assert_dense(model, changed(dense, "down_blocks.1.to_q", *second, 8 / 2**0.5), image())
 
 
@@ -128,10 +123,10 @@ def test_diffusers_without_metadata_has_alpha_in_keys_or_the_rank(tmp_path):
         "transformer.1.to_q.lora.down.weight": second[0],
         "transformer.1.to_q.lora.up.weight": second[1],
     }
-    model = seeded(Unet)
+    model = helpers.seeded(Unet)
     hosts = exchange.load(model, tensors, "diffusers", components={"transformer": "down_blocks"})
     assert hosts == ["down_blocks.0.to_q", "down_blocks.1.to_q"]
-    dense = changed(seeded(Unet), "down_blocks.0.to_q", *first, 2 / 4)
+    dense = changed(helpers.seeded(Unet), "down_blocks.0.to_q", *first, 2 / 4)
     assert_dense(model, changed(dense, "down_blocks.1.to_q", *second, 1.0), image())
 
 
@@ -141,17 +136,17 @@ def test_diffusers_without_metadata_has_alpha_in_keys_or_the_rank(tmp_path):
 def test_loralib_and_torchtune_are_told_alpha(layout, keys):
     torch.manual_seed(2)
     A, B = pair(3, 6, 4)
-    model = seeded(Unet)
+    model = helpers.seeded(Unet)
     stem = "down_blocks.1.to_q"
     exchange.load(model, {f"{stem}.{keys[0]}": A, f"{stem}.{keys[1]}": B}, layout, alpha=6)
-    assert_dense(model, changed(seeded(Unet), stem, A, B, 2.0), image())
+    assert_dense(model, changed(helpers.seeded(Unet), stem, A, B, 2.0), image())
 
 
 @feature("loralib and torchtune: read", "LoRA")
 def test_loralib_s_embedding_is_a_pair_of_plain_tensors():
     torch.manual_seed(2)
     A, B, tokens = torch.randn(2, 9), torch.randn(5, 2), torch.arange(9)
-    model = seeded(lambda: nn.Sequential(nn.Embedding(9, 5)))
+    model = helpers.seeded(lambda: nn.Sequential(nn.Embedding(9, 5)))
     base = model(tokens)
     exchange.load(model, {"0.lora_A": A, "0.lora_B": B}, "loralib", alpha=1)
     expected = base.double() + 0.5 * (B.double() @ A.double()).T
@@ -162,10 +157,10 @@ def test_loralib_s_embedding_is_a_pair_of_plain_tensors():
 def test_torchtune_s_magnitude_is_a_dora():
     torch.manual_seed(2)
     A, B = pair(3, 6, 4)
-    magnitude, stem, model = torch.rand(6) + 0.5, "down_blocks.1.to_q", seeded(Unet)
+    magnitude, stem, model = torch.rand(6) + 0.5, "down_blocks.1.to_q", helpers.seeded(Unet)
     tensors = {f"{stem}.lora_a.weight": A, f"{stem}.lora_b.weight": B, f"{stem}.magnitude": magnitude}
     exchange.load(model, tensors, "torchtune", alpha=6)
-    dense = changed(seeded(Unet), stem, A, B, 2.0)
+    dense = changed(helpers.seeded(Unet), stem, A, B, 2.0)
     with torch.no_grad():
         weight = dense.get_parameter(f"{stem}.weight")
         weight *= (magnitude.double() / weight.norm(dim=1))[:, None]
@@ -173,7 +168,7 @@ def test_torchtune_s_magnitude_is_a_dora():
 
 
 def trained(make: Any = Pipeline) -> Any:
-    model = seeded(make)
+    model = helpers.seeded(make)
     peftlib.inject(model, "to_q", peftlib.LoRA, rank=2, alpha=3)
     peftlib.inject(model, ["conv_in", "text_encoder.0"], peftlib.LoRA, rank=3, alpha=5, rank_stabilized=True)
     return helpers.moved(model)
@@ -186,7 +181,7 @@ def trained(make: Any = Pipeline) -> Any:
 def test_what_is_written_comes_back_bit_by_bit(layout, names, tmp_path):
     model, path = trained(), tmp_path / "lora.safetensors"
     exchange.save(model, path, layout, components=names)
-    again = seeded(Pipeline)
+    again = helpers.seeded(Pipeline)
     exchange.load(again, path, layout, components=names)
     torch.manual_seed(3)
     inputs = image(), torch.randn(2, 5)
@@ -214,7 +209,7 @@ def test_the_files_are_those_of_the_tools(tmp_path):
 
 
 def linear() -> Any:
-    return seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
+    return helpers.seeded(lambda: nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)))
 
 
 GOOD = {"lora_unet_0.lora_down.weight": torch.ones(2, 4), "lora_unet_0.lora_up.weight": torch.ones(3, 2)}
@@ -254,7 +249,7 @@ def test_a_component_that_no_name_covers_is_not_left_out_in_silence(tmp_path):
 
 
 def grouped() -> Any:
-    return seeded(lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)))
+    return helpers.seeded(lambda: nn.Sequential(nn.Conv2d(4, 6, 3, groups=2)))
 
 
 def test_the_groups_of_a_convolution_have_no_place_in_kohya_s_file(tmp_path):
@@ -277,7 +272,9 @@ def test_metadata_of_diffusers_that_are_no_object(said, tmp_path):
     exchange.save(model, path, "diffusers", components={"unet": "unet", "text_encoder": "text_encoder"})
     save_file(load_file(path), path, {"lora_adapter_metadata": said})
     with refused(None, "lora_adapter_metadata", "JSON"):
-        exchange.load(seeded(Pipeline), path, "diffusers", components={"unet": "unet", "text_encoder": "text_encoder"})
+        exchange.load(
+            helpers.seeded(Pipeline), path, "diffusers", components={"unet": "unet", "text_encoder": "text_encoder"}
+        )
 
 
 def test_a_component_is_left_out_only_when_asked():

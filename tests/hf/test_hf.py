@@ -18,58 +18,10 @@ import peftlib
 from peftlib import hf
 from support import helpers
 from support.ecosystem import feature
+from support.peft_models import Around, Experts, Net, assert_same, quiet, shifted
 from support.refusals import refused
 
 # Both compute in float32, in another order of additions: a few roundings (2**-24 each) of the largest output.
-CLOSE = 1e-6
-
-
-class Around(nn.Module):
-    """A layer with a name, and a head that may be adapted beside it."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.head = nn.Linear(3, 2)
-
-    def forward(self, *args: Any) -> Any:
-        y = self.layer(*args)
-        return y[0] if isinstance(y, tuple) else y
-
-
-class Net(nn.Module):
-    """Blocks with numbers, names inside them that repeat, an embedding and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(9, 6)
-        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(6, 8), "down": nn.Linear(8, 6)}) for _ in range(3))
-        self.norm = nn.LayerNorm(6)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed_tokens(tokens)
-        for layer in self.layers:
-            x = x + layer["down"](torch.tanh(layer["up"](x)))
-        return self.head(self.norm(x))
-
-
-class Experts(nn.Module):
-    """Stacks [experts, out, in], or [experts, in, out] as `is_transposed` says, a matrix, and a layer inside."""
-
-    def __init__(self, is_transposed: bool = False) -> None:
-        super().__init__()
-        self.is_transposed = is_transposed
-        shapes = ((3, 4, 6), (3, 6, 4)) if is_transposed else ((3, 6, 4), (3, 4, 6))
-        self.up, self.down = (nn.Parameter(torch.randn(shape) / 2) for shape in shapes)
-        self.gate = nn.Parameter(torch.randn(3, 4) / 2)
-        self.shared = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        up, down = (w.mT if self.is_transposed else w for w in (self.up, self.down))
-        shares = (x @ self.gate.T).softmax(-1)
-        hidden = torch.tanh(torch.einsum("ti,eoi->teo", x, up))
-        return torch.einsum("te,teh,eoh->to", shares, hidden, down) + self.shared(x)
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -210,25 +162,13 @@ def inputs_of(case: Case) -> tuple[Any, ...]:
     return case.inputs()
 
 
-@torch.no_grad()
-def moved(parameters: Any) -> None:
-    torch.manual_seed(3)
-    for parameter in parameters:
-        parameter.add_(torch.randn(parameter.shape) * 0.3)
-
-
 def theirs(case: Case) -> Any:
     """peft's own model, trained a little."""
     sizes = {"r": 4, "lora_alpha": 6} if case.kind is peft.LoraConfig else {}
     with quiet():
         model = peft.get_peft_model(base_of(case), case.kind(**sizes, **case.config))
-    moved(parameter for parameter in model.parameters() if parameter.requires_grad)
+    shifted(parameter for parameter in model.parameters() if parameter.requires_grad)
     return model.eval()
-
-
-def quiet() -> Any:
-    """peft warns of much that is its own: of missing model cards, of biases, of weights that are tied."""
-    return warnings.catch_warnings(action="ignore")
 
 
 def saved_by_peft(case: Case, folder: Any) -> Any:
@@ -241,11 +181,6 @@ def saved_by_peft(case: Case, folder: Any) -> Any:
 @pytest.fixture
 def folder(tmp_path) -> Any:
     return tmp_path / "adapter"
-
-
-def assert_same(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape
-    assert (found - expected).abs().max() <= CLOSE * max(1, expected.abs().max())
 
 
 @every_case

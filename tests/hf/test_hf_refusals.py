@@ -8,21 +8,16 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
-from test_hf import CLOSE, Around, Experts, Net, assert_same, moved, quiet
 from torch import Tensor, nn
 
 import peftlib
 from peftlib import DoRA, Full, LoRA, hf
 from support import helpers, refusals
-
-
-def seeded(make: Any) -> Any:
-    torch.manual_seed(1)
-    return make().eval()
+from support.peft_models import CLOSE, Around, Experts, Net, assert_same, quiet, shifted
 
 
 def around(layer: Any) -> Any:
-    return seeded(lambda: Around(layer()))
+    return helpers.seeded(lambda: Around(layer()), 1)
 
 
 def small() -> Any:
@@ -327,7 +322,7 @@ def test_such_a_layer_in_a_file_of_peft(make, tmp_path):
 
 def put(*calls: tuple[Any, Any, dict[str, Any]], make: Any = Net) -> Any:
     def made() -> Any:
-        model = seeded(make)
+        model = helpers.seeded(make, 1)
         for targets, kind, config in calls:
             peftlib.inject(model, targets, kind, **config)
         return model
@@ -457,7 +452,7 @@ def test_a_grouped_convolution_s_pair_is_one_of_peft_s(tmp_path):
 def test_slices_that_differ_from_group_to_group_get_a_rank_of_their_own(tmp_path):
     with quiet():
         model = peft.get_peft_model(grouped(), peft.LoraConfig(r=4, target_modules=["layer"], use_rslora=True))
-        moved(p for p in model.parameters() if p.requires_grad)
+        shifted(p for p in model.parameters() if p.requires_grad)
         with torch.no_grad():
             A = model.base_model.model.layer.lora_A["default"].weight
             A[:2, 2:], A[2:, :2] = 0, 0

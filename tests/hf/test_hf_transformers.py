@@ -9,13 +9,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_hf import CLOSE, assert_same, moved, quiet
 from torch import Tensor
 
 import peftlib
 from peftlib import hf
 from support.ecosystem import feature
-from support.helpers import same_bits
+from support.helpers import same_bits, seeded
+from support.peft_models import CLOSE, assert_same, quiet, shifted
 from support.refusals import refused
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -63,11 +63,6 @@ def bert() -> Any:
     return seeded(lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES)))
 
 
-def seeded(make: Callable[[], Any]) -> Any:
-    torch.manual_seed(0)
-    return make().eval()
-
-
 def tokens() -> Tensor:
     torch.manual_seed(1)
     return torch.randint(0, 50, (2, 7))
@@ -100,7 +95,7 @@ def saved(make: Callable[[], Any], config: Any, folder: Any) -> Tensor:
     """What peft's model gives after a little training; its files are in the folder."""
     with quiet():
         model = peft.get_peft_model(make(), config)
-        moved(parameter for parameter in model.parameters() if parameter.requires_grad)
+        shifted(parameter for parameter in model.parameters() if parameter.requires_grad)
         model.eval().save_pretrained(folder)
         return model(tokens()).logits.detach()
 
@@ -141,7 +136,7 @@ def test_an_embedding_that_was_trained_beside_is_kept(tmp_path):
     make = lambda: llama()  # noqa: E731
     with quiet():
         model = peft.get_peft_model(make(), lora({"target_modules": ["embed_tokens"]}))
-        moved([model.base_model.model.model.embed_tokens.base_layer.weight])
+        shifted([model.base_model.model.model.embed_tokens.base_layer.weight])
         model.eval().save_pretrained(tmp_path / "theirs")
     expected, ours = model(tokens()).logits, make()
     hf.load(ours, tmp_path / "theirs")

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import peftlib
 from peftlib import Bottleneck
 from support import reference
+from support.helpers import moved
 from support.hosts import Around, without_fast_path
 from support.refusals import refused
 
@@ -19,13 +20,6 @@ from support.refusals import refused
 def adapter_of(model: nn.Module) -> Any:
     ((_, _, adapter),) = peftlib.adapters(model)
     return adapter
-
-
-@torch.no_grad()
-def moved(model: nn.Module) -> nn.Module:
-    for parameter in peftlib.parameters(model):
-        parameter.add_(torch.randn(parameter.shape).to(parameter) * 0.3)
-    return model
 
 
 def around(host: nn.Module, move: bool = True, **config: Any) -> nn.Module:

@@ -35,7 +35,7 @@ either_gate = pytest.mark.parametrize("gate", [False, True], ids=["joint", "gate
 
 
 @torch.no_grad()
-def moved(model: nn.Module, seed: int = 5) -> None:
+def set_at_random(model: nn.Module, seed: int = 5) -> None:
     """Adapter parameters as after training: no gate is zero, no key small."""
     torch.manual_seed(seed)
     for parameter in peftlib.parameters(model):
@@ -44,7 +44,7 @@ def moved(model: nn.Module, seed: int = 5) -> None:
 
 def put(model: nn.Module, targets: Any, **config: Any) -> None:
     peftlib.inject(model, targets, Prefix, **{"length": LENGTH, **config})
-    moved(model)
+    set_at_random(model)
 
 
 def copies(model: nn.Module) -> dict[str, Own]:
@@ -674,7 +674,7 @@ def test_two_adapters_stand_one_in_front_of_the_other(implementation, wide_softm
     use(model, implementation)
     for name, length in (("one", 2), ("two", 3)):
         peftlib.inject(model, animal.attention, Prefix, name=name, length=length)
-    moved(model)
+    set_at_random(model)
     joined, parts = animal.make(torch.float64), {}
     use(joined, implementation)
     put(joined, animal.attention, length=5)
@@ -694,7 +694,7 @@ def test_threads_hold_their_own_prefixes(implementation):
     use(model, implementation)
     for name in ("one", "two"):
         peftlib.inject(model, animal.attention, Prefix, name=name)
-    moved(model)
+    set_at_random(model)
     faces = {name: peftlib.view(model, name) for name in ("one", "two")}
     with torch.no_grad():
         expected = {name: face(**inputs).logits for name, face in faces.items()}
@@ -773,7 +773,7 @@ def test_a_reparametrized_prefix_is_the_output_of_its_perceptron():
     torch.manual_seed(1)
     model = GroupedQueryAttention().double()
     peftlib.inject(model, GroupedQueryAttention, Prefix, length=LENGTH, reparametrize=5)
-    moved(model)
+    set_at_random(model)
     part = next(part for _, _, part in peftlib.adapters(model))
     leaves = {name: p.detach().clone().requires_grad_() for name, p in part.named_parameters()}
     hidden = torch.tanh(leaves["embedding"] @ leaves["hidden_weight"].T + leaves["hidden_bias"])
@@ -789,7 +789,7 @@ def test_a_reparametrized_prefix_is_the_output_of_its_perceptron():
 def test_flattened_it_computes_the_same_in_a_smaller_file(gate, tmp_path):
     model, x = GroupedQueryAttention(), torch.randn(2, 5, 16)
     peftlib.inject(model, GroupedQueryAttention, Prefix, reparametrize=32, gate=gate)
-    moved(model)
+    set_at_random(model)
     peftlib.save(model, tmp_path / "whole.safetensors")
     with torch.no_grad():
         expected = model(x)

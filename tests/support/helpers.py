@@ -1,5 +1,6 @@
 """What the tests share: small models, and a snapshot of all that a model is."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,6 +70,12 @@ def network(seed: int = 0, **sizes: Any) -> Any:
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         return Network(**sizes).eval()
+
+
+def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
+    """What `make` makes from this seed, in eval mode."""
+    torch.manual_seed(seed)
+    return make().eval()
 
 
 def linears(count: int = 2, width: int = 4) -> Any:

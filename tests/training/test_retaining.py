@@ -262,7 +262,7 @@ def test_terms_go_with_a_schedule():
 # ---- distill
 
 
-def adapted(kind: Any = LoRA, **config: Any) -> Any:
+def adapted() -> Any:
     model = double()
     peftlib.inject(model, ["q_proj", "v_proj"], LoRA, rank=2)
     return moved(model)

@@ -133,7 +133,7 @@ def values(model: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def moved(before: dict[str, Tensor], model: Any) -> set[str]:
+def names_that_moved(before: dict[str, Tensor], model: Any) -> set[str]:
     return {name for name, p in model.named_parameters() if bits(p) != bits(before[name])}
 
 
@@ -154,7 +154,7 @@ def test_exactly_the_unfrozen_groups_move_at_every_step(make_schedule, make_opti
         before, unfrozen = values(run.model), run.unfreezing.unfrozen
         seen.add(tuple(unfrozen))
         run.train(1)
-        assert moved(before, run.model) == names_in(run, unfrozen)
+        assert names_that_moved(before, run.model) == names_in(run, unfrozen)
     assert len(seen) >= 4
 
 
@@ -204,7 +204,7 @@ def test_every_optimizer_of_torch_passes_over_a_frozen_group(kind):
         before, unfrozen = values(run.model), run.unfreezing.unfrozen
         run.train(1)
         frozen = set(before) - names_in(run, unfrozen)
-        assert not moved(before, run.model) & frozen
+        assert not names_that_moved(before, run.model) & frozen
 
 
 def test_a_second_order_optimizer_leaves_a_frozen_group_where_it_is():
@@ -223,7 +223,7 @@ def test_a_second_order_optimizer_leaves_a_frozen_group_where_it_is():
     for _ in range(len(groups)):
         before, unfrozen = values(model), unfreezing.unfrozen
         optimizer.step(closure)
-        assert moved(before, model) == {name for g in groups if g.name in unfrozen for name in g.parameters}
+        assert names_that_moved(before, model) == {name for g in groups if g.name in unfrozen for name in g.parameters}
         unfreezing.step()
 
 
@@ -239,7 +239,7 @@ def test_muon_and_adamw_side_by_side():
         loss_of(model, step).backward()
         matrices.step()
         rest.step()
-        assert moved(before, model) == {name for g in groups if g.name in unfrozen for name in g.parameters}
+        assert names_that_moved(before, model) == {name for g in groups if g.name in unfrozen for name in g.parameters}
         model.zero_grad()
         unfreezing.step()
 
@@ -251,7 +251,7 @@ def test_a_gradient_that_arrives_after_the_freeze_moves_nothing():
     loss.backward()
     before = values(run.model)
     run.optimizer.step()
-    assert moved(before, run.model) == set()
+    assert names_that_moved(before, run.model) == set()
 
 
 def test_what_something_else_makes_trainable_still_stands_still():
@@ -259,7 +259,7 @@ def test_what_something_else_makes_trainable_still_stands_still():
     run.model.requires_grad_(True)
     before = values(run.model)
     run.train(1)
-    assert moved(before, run.model) == names_in(run, ["head"])
+    assert names_that_moved(before, run.model) == names_in(run, ["head"])
 
 
 def test_the_second_of_two_parameters_of_equal_value_trains():
@@ -277,7 +277,9 @@ def test_the_second_of_two_parameters_of_equal_value_trains():
         optimizer.zero_grad()
         model(torch.randn(8, 4)).square().sum().backward()
         optimizer.step()
-        assert moved(before, model) == {f"{at}.{leaf}" for at in unfreezing.unfrozen for leaf in ("weight", "bias")}
+        assert names_that_moved(before, model) == {
+            f"{at}.{leaf}" for at in unfreezing.unfrozen for leaf in ("weight", "bias")
+        }
         unfreezing.step()
     assert unfreezing.finished
 
@@ -420,7 +422,7 @@ def test_a_run_that_is_loaded_back_into_itself_freezes_again():
     assert not any(p.requires_grad for p in run.model.layers.parameters())
     before = values(run.model)
     run.train(1)
-    assert moved(before, run.model) == names_in(run, ["head"])
+    assert names_that_moved(before, run.model) == names_in(run, ["head"])
 
 
 def test_without_restore_the_state_is_plain_values():
@@ -577,7 +579,7 @@ def test_adapters_unfreeze_by_depth_and_the_base_never_does():
     for _ in range(10):
         before, unfrozen = values(model), run.unfreezing.unfrozen
         run.train(1)
-        changed = moved(before, model)
+        changed = names_that_moved(before, model)
         assert changed <= names_in(run, unfrozen)
         assert {name for name in names_in(run, unfrozen) if "lora_B" in name or "head" in name} <= changed
     assert {name: bits(p) for name, p in model.named_parameters() if ".adapters." not in name} == base
@@ -595,7 +597,7 @@ def test_lora_plus_and_a_schedule_go_together():
     loss_of(model, 0).backward()
     before = values(model)
     optimizer.step()
-    assert {name.split(".")[1] for name in moved(before, model)} == {"2"}
+    assert {name.split(".")[1] for name in names_that_moved(before, model)} == {"2"}
     unfreezing.step()
     assert unfreezing.unfrozen == ["layers.1", "layers.2"]
     own = torch.optim.AdamW(peftlib.lora_plus_groups(model, 0.1))
