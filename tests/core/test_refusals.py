@@ -20,7 +20,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import peftlib
 from peftlib import AdapterError, DoRA, Full, LoRA
 from support.helpers import Gain, Offset, chain, linears, modules, moved, network
-from support.refusals import Refusal, check, refused, refuses
+from support.refusals import Refusal, check, refused, refuses, require_three_parts
 
 pytestmark = pytest.mark.mutants
 
@@ -36,6 +36,26 @@ def adapted(make: Callable[[], Any] = linears, targets: Any = "0", kind: Any = L
         return moved(model)
 
     return made
+
+
+GOOD = "cannot put LoRA into layers.0: rank=9 is too large. Use rank=2."
+
+
+@pytest.mark.parametrize(
+    ("message", "names"),
+    [
+        ("layers.0: rank=9 is too large.", ()),
+        ("layers.0: rank=9 is too large. Use rank=2", ()),
+        (GOOD, ("0",)),
+        (GOOD, ("layers",)),
+        (GOOD, ("rank=2", "rank=9")),
+    ],
+    ids=["no advice", "no whole sentence", "part of a name", "start of a name", "where comes last"],
+)
+def test_a_message_that_lacks_a_part_or_a_name_is_noticed(message, names):
+    require_three_parts(GOOD, "layers.0", "LoRA", "rank=9", "rank=2")
+    with pytest.raises(AssertionError):
+        require_three_parts(message, *names)
 
 
 # ---- who may be a host
