@@ -69,8 +69,8 @@ def tokens_in_cache(arguments: Mapping[str, Any]) -> int | None:
     for name, item in arguments.items():
         if name not in _CACHES and hasattr(item, "get_seq_length"):
             raise AdapterError(
-                f"{name}={type(item).__name__}: a cache under a keyword that is not known here, so what it holds would be "
-                f"counted wrongly. Known are {', '.join(_CACHES)}; call the model without a cache."
+                f"{name}={type(item).__name__}: a cache under a keyword that is not known here, so what it holds would "
+                f"be counted wrongly. Known are {', '.join(_CACHES)}; call the model without a cache."
             )
     caches = [arguments[name] for name in _CACHES if arguments.get(name) is not None]
     length = max([0, *[int(_asked(cache, "get_seq_length")) for cache in caches]])
