@@ -18,7 +18,7 @@ KINDS: dict[str, type["Adapter"]] = {}
 class Adapter(nn.Module):
     r"""The base of every kind, and of yours: subclass it, and it injects, switches, merges and saves like ours.
 
-    A kind has a call form, `forward`, and may have a weight form, `fold`. Given only `fold`, the call form follows:
+    A type has a forward pass, `forward`, and may have a merged weight, `fold`. Given only `fold`, `forward` follows:
     the host runs with the folded weights in place of its own, on any host that reads its own weights.
 
     .. math:: y = \mathrm{host}_{\mathrm{fold}(W)}(x)
@@ -58,14 +58,14 @@ class Adapter(nn.Module):
         KINDS[cls.__name__] = cls
 
     def forward(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The call form. `call(*args, **kwargs)` is what the host would have done by itself, with what nests inside."""
+        """The forward pass; `call(*args, **kwargs)` is what the host would do by itself, with what nests inside."""
         inside, call = unwrapped(call)
         folded = fold_all(host, [*inside, self])
         with overridden(host, as_weights(host, folded)):
             return call(*args, **kwargs)
 
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
-        """The weight form: tensors, by name on the host, that would do the same.
+        """The merged weight: tensors, by name on the host, that would do the same.
 
         They are not yet rounded to the host's dtype: type promotion with a float32 adapter does the right thing, and
         the caller rounds once.
@@ -77,7 +77,7 @@ class Adapter(nn.Module):
             dict[str, Tensor]: the folded weights by dotted name.
 
         Raises:
-            AdapterError: this kind has no weight form.
+            AdapterError: this type cannot be merged.
         """
         raise AdapterError(
             f"{type(self).__name__} has neither forward nor fold, so it does nothing. Write one of them."
@@ -126,7 +126,7 @@ def can_be_merged(adapter: Adapter) -> bool:
 def unwrapped(
     call: Callable[..., Any], innermost: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda call: call
 ) -> tuple[list[Adapter], Callable[..., Any]]:
-    """The adapters inside a call that have a weight form, innermost first, and the call without them.
+    """The adapters inside a call that can be merged, innermost first, and the call without them.
 
     A fold reads the weights that the ones inside it gave, so those must be folded before it, not called behind it.
     `innermost` changes the host's own call, with those that have only a call form still around it."""
@@ -187,7 +187,7 @@ def _dtype_name(value: Any) -> Any:
 
 
 def trainable_dtype(dtype: str | torch.dtype | None, weight: Tensor) -> torch.dtype:
-    """The adapter's own dtype: as asked, else float32 beside a half-precision or quantised weight."""
+    """The adapter's own dtype: as asked, else float32 beside a half-precision or quantized weight."""
     if dtype is None:
         return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype

@@ -34,12 +34,12 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _keeps_state(parameter: Tensor) -> bool:
-    """A frozen parameter of a class of its own, with attributes: what is quantised."""
+    """A frozen parameter of a class of its own, with attributes: what is quantized."""
     return nn.Parameter in type(parameter).__mro__[1:] and not parameter.requires_grad and bool(vars(parameter))
 
 
 def _shared(tensor: Tensor) -> Tensor:
-    """The tensor itself; of a quantised parameter that carries others a second object over the same data, for its
+    """The tensor itself; of a quantized parameter that carries others a second object over the same data, for its
     module may take them from it. (bitsandbytes' 8-bit layer does at its first call.)"""
     if not _keeps_state(tensor) or not any(isinstance(item, Tensor) for item in vars(tensor).values()):
         return tensor

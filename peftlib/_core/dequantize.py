@@ -1,4 +1,4 @@
-"""A quantised linear layer made a plain one: its weight is what its own forward gives for the identity."""
+"""A quantized linear layer made a plain one: its weight is what its own forward gives for the identity."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ _PROBES = 64
 
 
 class Probe(NamedTuple):
-    """What a live quantised host gave for x, and the host."""
+    """What a live quantized host gave for x, and the host."""
 
     host: nn.Module
     x: Tensor
@@ -34,11 +34,11 @@ class Probe(NamedTuple):
 
 @torch.no_grad()
 def dequantize_linears(model: nn.Module, names: tuple[str, ...]) -> dict[str, Probe]:
-    """Makes each quantised linear layer that these adapters are on an `nn.Linear` in float32, in place. What the live
+    """Makes each quantized linear layer that these adapters are on an `nn.Linear` in float32, in place. What the live
     layers gave is kept, by name."""
-    quantised = [(name, host) for name, host in hosts(model) if parts(host, names) and _is_quantized_linear(host)]
+    quantized = [(name, host) for name, host in hosts(model) if parts(host, names) and _is_quantized_linear(host)]
     probes: dict[str, Probe] = {}
-    for name, host in quantised:
+    for name, host in quantized:
         require_unwrapped(name, host)
         with full_precision(host):
             probes[name] = _probe(host, names)
@@ -69,7 +69,7 @@ def _dtype(host: Any) -> torch.dtype:
 
 
 def _own_bias(other: Any) -> None:
-    """A quantised layer may cast its bias in place."""
+    """A quantized layer may cast its bias in place."""
     if other.bias is not None:
         other._parameters["bias"] = nn.Parameter(other.bias.detach().clone(), requires_grad=False)
 
@@ -83,8 +83,8 @@ def _plain(host: Any) -> nn.Linear:
 
 
 def _weight(host: Any) -> Tensor:
-    """[out, in], in blocks of columns. A row of the identity is exact in every dtype, and where rows are quantised; in
-    training layers round less: bitsandbytes then multiplies by the weight itself, not by codes or in bfloat16."""
+    """[out, in], in blocks of columns. A row of the identity is exact in every dtype, and where rows are quantized; in
+    training layers round less: bitsandbytes then multiplies by the weight itself, not in 8 bits or in bfloat16."""
     bare: Any = clone(host).train()
     bare._parameters["bias"] = None
     forward: Any = base_type(type(host)).forward

@@ -32,7 +32,7 @@ def eject(
 ) -> dict[str, float] | None:
     r"""Takes adapters out without a trace: class, attributes, state-dict keys and `requires_grad` are as they were.
 
-    With `dequantize` each quantised linear layer that the merged adapters are on becomes an `nn.Linear` in float32 that
+    With `dequantize` each quantized linear layer that the merged adapters are on becomes an `nn.Linear` in float32 that
     holds the weight with which it computes. The result says how far each of them then is from the live one:
 
     .. math:: \frac{\lVert Y_{\mathrm{merged}} - Y_{\mathrm{live}} \rVert_F}{\lVert Y_{\mathrm{live}} \rVert_F}
@@ -42,10 +42,10 @@ def eject(
         model: a model with adapters.
         name: the adapter to take out; default all of them.
         merge: first fold it (default: the active ones) into the base, for good.
-        dequantize: with `merge`, also into quantised linear layers, whose codes cannot hold the result.
+        dequantize: with `merge`, also into quantized linear layers, whose quantized weight cannot hold the result.
 
     Returns:
-        With `dequantize`, the relative error of each layer that was quantised, by name; else None.
+        With `dequantize`, the relative error of each layer that was quantized, by name; else None.
 
     Raises:
         AdapterError: an absent name, a merged model without `merge=True`, a class that something put above the

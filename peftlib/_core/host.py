@@ -278,7 +278,7 @@ def require_unwrapped(name: str, host: nn.Module) -> None:
     if _INNER in host.__dict__:
         raise AdapterError(
             f"{name or 'the root'}: a forward was put on this {base_type(type(host)).__name__} itself before inject, "
-            "and would go on reading the quantised weight. Save the adapter, eject, undo that, and load it again."
+            "and would go on reading the quantized weight. Save the adapter, eject, undo that, and load it again."
         )
 
 

@@ -21,7 +21,7 @@ def merge(model: nn.Module, *names: str, backup: str = "device") -> None:
 
     .. math:: W \leftarrow \mathrm{round}(\mathrm{fold}(W)), \text{ computed in float32 or wider and rounded once}
 
-    The model then is the base with exactly these adapters; what else was active stands aside until `unmerge`.
+    The model then is the base with exactly these adapters; what else was active is off until `unmerge`.
     All or nothing: a refusal or a failure leaves every weight as it was.
 
     Args:
@@ -30,7 +30,7 @@ def merge(model: nn.Module, *names: str, backup: str = "device") -> None:
         backup: where the copies for `unmerge` are kept: "device" beside the weights, or "cpu".
 
     Raises:
-        AdapterError: an absent name, a kind without weight form, a weight that another module shares, a parametrized
+        AdapterError: an absent name, a type that cannot be merged, a weight that another module shares, a parametrized
             weight, NaN or infinity, a model that is merged already, a live view.
 
     Example:
@@ -222,8 +222,8 @@ def _ready_to_fold(
     for host_name, name, adapter in adapters(model):
         if name in names and not can_be_merged(adapter):
             raise AdapterError(
-                f'{doing}: "{name}" holds a {type(adapter).__name__} on {host_name or "the root"}, which has no weight '
-                "form. Keep it live, or merge another name."
+                f'{doing}: "{name}" holds a {type(adapter).__name__} on {host_name or "the root"}, which cannot '
+                "be merged. Leave it unmerged, or merge another name."
             )
     return selection, names
 

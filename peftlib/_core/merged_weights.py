@@ -36,7 +36,7 @@ class Folded:
         if not (self.base.is_meta or rounded.isfinite().all()) and self.base.isfinite().all():
             raise AdapterError(
                 f"cannot merge into {self.name}: the result has NaN or infinity in {self.base.dtype}. "
-                "Keep the adapter live, or widen the weight first."
+                "Leave the adapter unmerged, or widen the weight first."
             )
         return rounded
 
@@ -73,7 +73,7 @@ def _fold(host_name: str, host: nn.Module, names: Container[str], start: list[Fo
     try:
         with overridden(scratch, values), full_precision(scratch):
             values |= fold_all(scratch, parts(scratch, names))
-    except (RuntimeError, TypeError):  # a quantised weight does arithmetic in ways of its own, or not at all
+    except (RuntimeError, TypeError):  # a quantized weight does arithmetic in ways of its own, or not at all
         for leaf, _ in scratch.named_parameters(recurse=False):
             _require_plain(f"{host_name}.{leaf}".lstrip("."), scratch, leaf)
         raise
@@ -98,15 +98,17 @@ def _item(host_name: str, host: nn.Module, path: str, value: Tensor) -> Folded:
     if own is None:
         raise AdapterError(
             f"cannot merge into {name}: it is computed from other parameters. Make it a plain weight first "
-            "(torch.nn.utils.parametrize.remove_parametrizations), or keep the adapter live."
+            "(torch.nn.utils.parametrize.remove_parametrizations), or leave the adapter unmerged."
         )
     if own.is_meta or value.is_meta or own.shape != value.shape:
         found = (
             "on the meta device"
             if own.is_meta or value.is_meta
-            else f"{list(own.shape)} and its folded form {list(value.shape)}"
+            else f"{list(own.shape)} and its merged form {list(value.shape)}"
         )
-        raise AdapterError(f"cannot merge into {name}: it is {found}. Materialise the model, or mend the kind's fold.")
+        raise AdapterError(
+            f"cannot merge into {name}: it is {found}. Materialize the model, or fix the fold of this adapter type."
+        )
     return Folded(name, owner, leaf, value)
 
 
@@ -114,9 +116,9 @@ def _require_plain(name: str, owner: nn.Module, leaf: str) -> None:
     packed = quantized_as(owner, leaf)
     if packed:
         raise AdapterError(
-            f"cannot merge into {name}: it is quantised ({packed}), and its codes cannot hold the result. Keep the "
-            "adapter live, make the layer a float32 one with eject(model, merge=True, dequantize=True), or load the "
-            "adapter onto the base in full precision and merge there."
+            f"cannot merge into {name}: it is quantized ({packed}), and a quantized weight cannot hold the result. "
+            "Leave the adapter unmerged, make the layer a float32 one with eject(model, merge=True, dequantize=True), "
+            "or load the adapter onto the base in full precision and merge there."
         )
 
 
@@ -125,7 +127,7 @@ def _require_finite(host_name: str, adapter: Adapter) -> None:
         if not tensor.is_meta and not tensor.isfinite().all():
             raise AdapterError(
                 f'cannot merge "{adapter.name}" into {host_name or "the root"}: {key} holds NaN or infinity. '
-                "Load a sound adapter, or eject this one."
+                "Load a finite adapter, or eject this one."
             )
 
 

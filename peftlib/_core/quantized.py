@@ -9,7 +9,7 @@ from .override import weight_of
 
 
 def wraps_others(tensor: Tensor) -> bool:
-    """Whether it holds codes and scales, say, of which it makes values when it is used. Shards do not count."""
+    """Whether it holds quantized values and scales, say, of which it makes its own. Shards do not count."""
     return hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "device_mesh")
 
 
@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 
 
 def weight_shape(host: nn.Module, path: str) -> Shape:
-    """The shape that the weight stands for: a packed quantised weight has another one of its own."""
+    """The shape that the weight stands for: a packed quantized weight has another one of its own."""
     weight: Tensor = weight_of(host, path)
     if isinstance(host, nn.Linear) and path == "weight":
         return (host.out_features, host.in_features)
@@ -35,7 +35,7 @@ def weight_shape(host: nn.Module, path: str) -> Shape:
 
 
 def quantized_as(host: nn.Module, path: str) -> str | None:
-    """How a weight is quantised, in words: a tensor around others, whole numbers, or another shape than it stands for.
+    """How a weight is quantized, in words: a tensor around others, whole numbers, or another shape than it stands for.
     None where it is plain, or shards of what is plain."""
     weight = weight_of(host, path)
     if wraps_others(weight):

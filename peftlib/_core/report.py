@@ -139,7 +139,7 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """A table of the adapters in a model: `str()` for people, plain numbers as attributes.
 
-    A packed, quantised weight counts as the weight that it stands for.
+    A packed, quantized weight counts as the weight that it stands for.
 
     Args:
         model: any module, with adapters or without.

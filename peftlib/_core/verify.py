@@ -28,9 +28,9 @@ class Verification:
 
     def __str__(self) -> str:
         agreement = (
-            "no weight form to compare"
+            "nothing that merges to compare"
             if self.difference is None
-            else f"live and merged differ by {self.difference:.3g}"
+            else f"unmerged and merged differ by {self.difference:.3g}"
         )
         return (
             "\n".join(self.problems or ["every active adapter runs and learns; the base cannot move"])
@@ -52,8 +52,8 @@ def verify(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Verification:
         **named_inputs: keywords of that call.
 
     Returns:
-        Verification: `problems`, one sentence each; `difference`, the largest absolute difference between live and
-        merged output in eval mode, None where a kind has no weight form or a host is quantised.
+        Verification: `problems`, one sentence each; `difference`, the largest absolute difference between unmerged
+        and merged output in eval mode, None where a type cannot be merged or a host is quantized.
 
     Raises:
         AdapterError: the model has no adapters, is merged, or has a live view.

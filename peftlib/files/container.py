@@ -70,7 +70,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 def _unsound(path: Path, error: Exception) -> AdapterError:
     reason = shown(str(error))
-    return AdapterError(f"{os.fspath(path)}: not a sound safetensors file ({reason}). Save or copy it again.")
+    return AdapterError(f"{os.fspath(path)}: not a valid safetensors file ({reason}). Save or copy it again.")
 
 
 def header_of(file: Any, path: Path) -> Header:

@@ -1,4 +1,4 @@
-"""The header of a file: JSON from a stranger, read strictly and checked for its form."""
+"""The header of a file: untrusted JSON, read strictly and checked for its form."""
 
 import json
 import math
@@ -32,7 +32,7 @@ def strict_json(text: str, path: str) -> Any:
 
 
 def shown(text: str) -> str:
-    """A stranger's text, fit for a terminal: short, and without control characters."""
+    """Untrusted text, fit for a terminal: short, and without control characters."""
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
@@ -67,7 +67,7 @@ def _problem(header: Any) -> str | None:
         return f"its header has format {shown(repr(found))}, this version reads {FORMAT}"
     for key, kind in _FORM.items():
         if not isinstance(header.get(key), kind):
-            return f"its header has no sound {key!r}"
+            return f"its header has no valid {key!r}"
     foreign = sorted(header.keys() - _FORM.keys() - {"format"})
     if foreign:
         return f"its header has keys that are none of its own: {some(foreign)}"
@@ -84,13 +84,13 @@ def _problem_of_configs(configs: list[Any]) -> str | None:
 
 def _problem_of_hosts(header: Header) -> str | None:
     for host, positions in header["hosts"].items():
-        sound = isinstance(positions, list) and positions and all(type(at) is int for at in positions)
-        if not sound or not all(0 <= at < len(header["configs"]) for at in positions):
-            return f"its header names no sound configuration for host {shown(repr(host))}"
+        valid = isinstance(positions, list) and positions and all(type(at) is int for at in positions)
+        if not valid or not all(0 <= at < len(header["configs"]) for at in positions):
+            return f"its header names no valid configuration for host {shown(repr(host))}"
         if not _is_fingerprint(header["base"].get(host)):
-            return f"its header has no sound fingerprint for host {shown(repr(host))}"
-    strangers = sorted(header["base"].keys() - header["hosts"].keys())
-    return f"its header has fingerprints without hosts: {some(strangers)}" if strangers else None
+            return f"its header has no valid fingerprint for host {shown(repr(host))}"
+    unknown = sorted(header["base"].keys() - header["hosts"].keys())
+    return f"its header has fingerprints without hosts: {some(unknown)}" if unknown else None
 
 
 def _is_fingerprint(found: Any) -> bool:

@@ -19,7 +19,7 @@ from .untrusted import Bounded, require_keywords
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SLACK = 2**26  # 64 MiB for whatever a kind computes on the way
 
-# A constructor that is given a stranger's keywords may fail in any of these ways.
+# A constructor that is given untrusted keywords may fail in any of these ways.
 _REFUSALS = (
     AdapterError,
     TypeError,
@@ -138,7 +138,7 @@ def _checked(tensor: Tensor, expected: Tensor, key: str, path: str) -> Tensor:
     if not tensor.numel():
         raise AdapterError(f"{path}: {key} is empty. Save it again from its whole model.")
     if not is_finite(tensor):
-        raise AdapterError(f"{path}: {key} holds NaN or infinity. Train again from a sound checkpoint.")
+        raise AdapterError(f"{path}: {key} holds NaN or infinity. Train again from a finite checkpoint.")
     return tensor
 
 

@@ -94,13 +94,13 @@ def require_values(tensor: Any, where: str) -> None:
         raise AdapterError(f"{where}: {type(tensor).__name__} is no tensor. Keep it among the kind's keywords.")
     if tensor.is_meta or hasattr(tensor, "device_mesh"):
         found = "on the meta device" if tensor.is_meta else "a shard"
-        raise AdapterError(f"{where}: {found}, so its values are not here. Materialise or gather it, then save.")
+        raise AdapterError(f"{where}: {found}, so its values are not here. Materialize or gather it, then save.")
     if not tensor.numel():
         raise AdapterError(
             f"{where}: shape {list(tensor.shape)} is empty. Gather it if it is sharded, or leave it out."
         )
     if not is_finite(tensor):
-        raise AdapterError(f"{where}: it holds NaN or infinity, so it would be refused at load. Save a sound adapter.")
+        raise AdapterError(f"{where}: it holds NaN or infinity, so it would be refused at load. Save a finite adapter.")
 
 
 def _described(model: nn.Module, name: str) -> Header:

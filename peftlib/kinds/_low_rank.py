@@ -22,14 +22,14 @@ def _own_forward(host: nn.Module) -> Any:
 
 
 def is_plain_linear(host: nn.Module) -> bool:
-    """A stock Linear over an ordinary tensor: no quantised subclass that must run through its own forward."""
+    """A stock Linear over an ordinary tensor: no quantized subclass that must run through its own forward."""
     if not isinstance(host, nn.Linear) or _own_forward(host) is not nn.Linear.forward:
         return False
     return type(host.weight) in (Tensor, nn.Parameter) and host.weight.is_floating_point()
 
 
 def low_rank_branch_of(host: nn.Module, path: str) -> Branch | None:
-    """The low-rank call on this host; None where only the weight form is exact.
+    """The low-rank call on this host; None where only the merged weight is exact.
 
     A subclass with a forward of its own may do more than the stock layer, so there the weights speak."""
     if path != "weight":
@@ -105,7 +105,7 @@ BRANCHES = tuple(dict.fromkeys(branch for _, branch in _BRANCH_OF))
 
 
 def require_overridable(host: nn.Module, path: str) -> None:
-    """Only the weight form is left on this host, so it must read a floating-point tensor that can be overridden."""
+    """Only the merged weight is left on this host, so it must read a floating-point tensor that can be overridden."""
     weight = weight_of(host, path)
     if not weight.is_floating_point():
         raise AdapterError(

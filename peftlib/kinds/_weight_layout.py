@@ -88,7 +88,7 @@ def is_transposed_linear(host: nn.Module) -> bool:
 
 
 def matrices_of(host: nn.Module) -> list[str]:
-    """The weights that a low-rank pair adapts on a host when none is named."""
+    """The weights that low-rank factors adapt on a host when none is named."""
     if isinstance(host, nn.MultiheadAttention):
         packed = host.in_proj_weight is not None
         return ["in_proj_weight"] if packed else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]

@@ -156,6 +156,6 @@ def _require_direction(host: nn.Module, param: str, init: str) -> None:
     unreal = not_real_as(host, param) if isinstance(getattr(host, param, None), Tensor) else None
     if unreal:
         raise AdapterError(
-            f"{type(host).__name__}.{param} is {unreal}, and DoRA needs the norms of its rows. Dequantise it, or "
+            f"{type(host).__name__}.{param} is {unreal}, and DoRA needs the norms of its rows. Dequantize it, or "
             "use LoRA."
         )

@@ -109,8 +109,8 @@ def _rows_of(host: nn.Module, paths: list[str], rows: Sequence[int]) -> Tensor:
     for path in paths:
         weight = weight_of(host, path)
         height = weight.shape[0] if weight.dim() > 1 else 0
-        sound = all(type(row) is int and 0 <= row < height for row in rows) and len({*rows}) == len(rows) > 0
-        if not sound or not_real_as(*owner_of(host, path)):
+        valid = all(type(row) is int and 0 <= row < height for row in rows) and len({*rows}) == len(rows) > 0
+        if not valid or not_real_as(*owner_of(host, path)):
             raise AdapterError(
                 f"rows={list(rows)[:8]}: {type(host).__name__}.{path} has shape {tuple(weight.shape)}, dtype "
                 f"{weight.dtype}. Name rows of a floating-point matrix, each once."

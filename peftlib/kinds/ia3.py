@@ -26,7 +26,7 @@ class IA3(Adapter):
 
     .. math:: y = l \odot (W x + b) \quad\text{or}\quad y = W (l \odot x) + b
 
-    l is `factor` and starts at one, so inserting changes nothing. The weight form multiplies the rows of W, and b, or
+    l is `factor` and starts at one, so inserting changes nothing. Merged, it multiplies the rows of W, and b, or
     the columns of W. Hosts are Linear, ConvNd, ConvTransposeNd, Embedding, EmbeddingBag, torch's norms, HF `Conv1D`,
     and MultiheadAttention, where the factors are those of keys and values, one after the other.
 
@@ -153,4 +153,6 @@ def _check(host: Any, on: str) -> None:
     if not with_inputs and on == "input":
         raise AdapterError(f'on="input": {found} has no input that a factor can scale alone. Use on="output".')
     if isinstance(host, _NORMS) and host.weight is None:
-        raise AdapterError(f"{found} has no weight (it is not affine), so the factor has no weight form. Exclude it.")
+        raise AdapterError(
+            f"{found} has no weight (it is not affine), so the factor has nothing to act on. Exclude it."
+        )

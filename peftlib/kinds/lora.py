@@ -1,4 +1,4 @@
-"""LoRA: a trainable low-rank pair beside a frozen weight."""
+"""LoRA: trainable low-rank factors beside a frozen weight."""
 
 import contextlib
 import functools
@@ -32,7 +32,7 @@ class LoRA(Adapter):
     r"""Low-rank adaptation of a weight matrix (Hu et al. 2021).
 
     .. math:: y = W x + b + s\,B A\,\mathrm{drop}(x), \qquad s = \alpha / r \quad (\alpha / \sqrt r
-        \text{ if rank-stabilised, Kalajdzievski 2023})
+        \text{ if rank-stabilized, Kalajdzievski 2023})
 
     A is `lora_A` [rank, in], B is `lora_B` [out, rank], and B starts at zero, so inserting changes nothing. On ConvNd
     the pair is two convolutions: A [rank, in/groups, \*kernel], shared by the groups, then B [out, rank, 1, ...]; on
@@ -52,7 +52,7 @@ class LoRA(Adapter):
             singular vectors of W, and what trains is their change, so that W itself stays as it is.
         param: the weight, or a list of them, by dotted name on the host; default its own matrices (`weight`; the
             in-projections of MultiheadAttention; all weights of an RNN).
-        dtype: of the factors; default W's own, or float32 beside a half-precision or quantised W.
+        dtype: of the factors; default W's own, or float32 beside a half-precision or quantized W.
 
     Raises:
         AdapterError: a rank below 1, an unknown `init`, dropout where it cannot act, a host without a matrix.
@@ -266,7 +266,7 @@ def _require_values(host: nn.Module, param: str) -> None:
     if unreal:
         raise AdapterError(
             f'{type(host).__name__}.{param} is {unreal}, and init="pissa" needs the singular vectors of its values. '
-            "Dequantise it, or use another init."
+            "Dequantize it, or use another init."
         )
 
 

@@ -1,4 +1,4 @@
-"""What it is for a layer group to be frozen: no gradient, and running statistics that stand still."""
+"""What it is for a layer group to be frozen: no gradient, and running statistics that stay frozen."""
 
 import gc
 from collections.abc import Iterable

@@ -33,7 +33,7 @@ class GradualUnfreezing:
             that nor a warm-up.
         warmup: for how many steps of the optimizer an unfrozen group's learning rate rises, linearly, to what it is by
             then. It acts during the step alone, so that a learning rate scheduler never sees it.
-        hold_statistics: the running statistics of frozen groups (BatchNorm) stand still, and are what normalises.
+        hold_statistics: the running statistics of frozen groups (BatchNorm) stay frozen, and are what normalizes.
 
     Attributes:
         plan: `print(unfreezing.plan)`, or `unfreezing.plan.save("plan.svg")`.

@@ -230,7 +230,7 @@ def test_the_difference_is_that_of_live_and_merged_output():
             expected = (live - model(x).double()).abs().max().item()
     assert expected > 0
     assert peftlib.verify(model, x).difference == expected
-    assert f"live and merged differ by {expected:.3g}" in str(peftlib.verify(model, x))
+    assert f"unmerged and merged differ by {expected:.3g}" in str(peftlib.verify(model, x))
 
 
 def test_the_difference_is_measured_in_eval_mode_though_the_model_trains():

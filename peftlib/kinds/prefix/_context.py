@@ -61,8 +61,8 @@ class Front:
         assert self.gate is not None
         scaled = query * (query.shape[-1] ** -0.5 if scale is None else scale)
         key, value = self._fit(self.key, query), self._fit(self.value, query, last=False)
-        shares = (scaled @ key.transpose(-2, -1)).softmax(-1)  # [..., queries, length]
-        return (shares @ value).to(query.dtype) * self._fit(self.gate.tanh(), query, last=False)
+        attention_weights = (scaled @ key.transpose(-2, -1)).softmax(-1)  # [..., queries, length]
+        return (attention_weights @ value).to(query.dtype) * self._fit(self.gate.tanh(), query, last=False)
 
     def _fit(self, own: Tensor, tensor: Tensor, last: bool = True) -> Tensor:
         """[heads, length, dim] as the leading dimensions of [batch, n·heads, tokens, dim] or [batch·heads, ...]."""

@@ -45,7 +45,7 @@ def multi_head_in_front(
     weights: Any = separate if in_proj_weight is None or use_separate_proj_weight else in_proj_weight.chunk(3)
     biases: Any = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
     if front.gate is not None:
-        y, shares = call(
+        y, attention_weights = call(
             query, key, value, width, heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn, dropout_p,
             out_proj_weight, out_proj_bias, key_padding_mask=key_padding_mask, attn_mask=attn_mask,
             is_causal=is_causal, use_separate_proj_weight=use_separate_proj_weight, q_proj_weight=q_proj_weight,
@@ -59,13 +59,13 @@ def multi_head_in_front(
     masks = [m if m is None else F.pad(m, (front.length, after)) for m in (attn_mask, key_padding_mask)]
     k, v = front.beside(k, v)
     blank = k.new_zeros(k.shape[-2], *query.shape[1:-1], 1)  # in place of the inputs: torch asks them for their length
-    y, shares = call(
+    y, attention_weights = call(
         query, blank, blank, width, heads, None, in_proj_bias, None, None, add_zero_attn, dropout_p, out_proj_weight,
         out_proj_bias, attn_mask=masks[0], key_padding_mask=masks[1], use_separate_proj_weight=True,
         q_proj_weight=weights[0], k_proj_weight=k.new_zeros(width, 1), v_proj_weight=k.new_zeros(width, 1),
         static_k=k, static_v=v, **rest,
     )  # fmt: skip
-    return y, None if shares is None else shares[..., front.length :]
+    return y, None if attention_weights is None else attention_weights[..., front.length :]
 
 
 def _projected(given: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None, last: Any, heads: int) -> Tensor:

@@ -77,7 +77,7 @@ def _attend(
         registry, eager = _registry_of(module)
         function = registry.get_interface(config.given._attn_implementation, eager)
         if front.gate is not None:
-            y, shares = function(module, query, key, value, attention_mask, *args, **kwargs)
+            y, attention_weights = function(module, query, key, value, attention_mask, *args, **kwargs)
             scale = kwargs.get("scaling", getattr(module, "scaling", None))
             return y + front.term(query, scale).transpose(1, 2), shares
         _require_understood(front, kwargs)
@@ -88,8 +88,10 @@ def _attend(
             bias = kwargs["position_bias"]
             kwargs = {**kwargs, "position_bias": F.pad(bias, (front.length + padding, 0))}
         key, value = front.beside(key, value, padding)
-        y, shares = function(module, query, key, value, attention_mask, *args, **kwargs)
-    return y, shares[..., front.length :] if isinstance(shares, Tensor) and shares.dim() == 4 else shares
+        y, attention_weights = function(module, query, key, value, attention_mask, *args, **kwargs)
+    return y, attention_weights[..., front.length :] if isinstance(
+        attention_weights, Tensor
+    ) and attention_weights.dim() == 4 else shares
 
 
 def _mask_in_front(front: Front, mask: Any, keys: int) -> tuple[Any, int]:

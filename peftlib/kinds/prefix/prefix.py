@@ -39,7 +39,7 @@ class Prefix(Adapter):
     Args:
         host: the attention module, from `inject`.
         length: keys in front, at least 1.
-        reparametrize: a width; keys and values are then the output of a perceptron with one hidden layer of tanh, of
+        reparametrize: a width; keys and values are then the output of an MLP with one hidden layer of tanh, of
             that width, which trains in their place and is saved; `flatten` puts its output in its place.
         gate: a softmax of their own and a factor that starts at zero, one for each head.
         init: "normal": standard deviation 0.02. To start from the activations of tokens, see `start_from`.
@@ -142,8 +142,8 @@ class Prefix(Adapter):
 
     @torch.no_grad()
     def flatten(self) -> None:
-        """Puts the keys and values that the perceptron gives in its place, for good: the file is then as small as
-        without `reparametrize`, and so is the call. For after training: an optimizer holds the perceptron's parameters.
+        """Puts the keys and values that the MLP gives in its place, for good: the file is then as small as
+        without `reparametrize`, and so is the call. For after training: an optimizer holds the MLP's parameters.
         """
         if "embedding" not in self._parameters:
             return
@@ -180,7 +180,7 @@ class Prefix(Adapter):
     def _start(self, key: Tensor, value: Tensor) -> None:
         if "embedding" in self._parameters:
             raise AdapterError(
-                "start_from: these keys and values come from a perceptron. Call flatten, or leave out reparametrize."
+                "start_from: these keys and values come from an MLP. Call flatten, or leave out reparametrize."
             )
         for own, found in ((self.prefix_key, key), (self.prefix_value, value)):
             if found.shape[-2] < self.length:
