@@ -52,7 +52,7 @@ def multi_head_in_front(
             k_proj_weight=k_proj_weight, v_proj_weight=v_proj_weight, static_k=static_k, static_v=static_v, **rest,
         )  # fmt: skip
         own = front.term(_by_heads(F.linear(query, weights[0], biases[0]), heads), None)
-        return y + F.linear(_by_tokens(own, query), out_proj_weight), shares
+        return y + F.linear(_by_tokens(own, query), out_proj_weight), attention_weights
     k = _projected(static_k, key, weights[1], biases[1], bias_k, heads)
     v = _projected(static_v, value, weights[2], biases[2], bias_v, heads)
     after = int(bias_k is not None and static_k is None)

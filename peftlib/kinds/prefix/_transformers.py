@@ -79,7 +79,7 @@ def _attend(
         if front.gate is not None:
             y, attention_weights = function(module, query, key, value, attention_mask, *args, **kwargs)
             scale = kwargs.get("scaling", getattr(module, "scaling", None))
-            return y + front.term(query, scale).transpose(1, 2), shares
+            return y + front.term(query, scale).transpose(1, 2), attention_weights
         _require_understood(front, kwargs)
         if "flash" in config.given._attn_implementation:
             kwargs = _flash_keywords(front, function, query, key, attention_mask, kwargs)
@@ -91,7 +91,7 @@ def _attend(
         y, attention_weights = function(module, query, key, value, attention_mask, *args, **kwargs)
     return y, attention_weights[..., front.length :] if isinstance(
         attention_weights, Tensor
-    ) and attention_weights.dim() == 4 else shares
+    ) and attention_weights.dim() == 4 else attention_weights
 
 
 def _mask_in_front(front: Front, mask: Any, keys: int) -> tuple[Any, int]:
