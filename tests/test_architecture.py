@@ -66,16 +66,16 @@ FILES = {
         "unfreezing",
     ],
     "hf": [
-        "config refusals tensors",
+        "config modules refusals tensors",
         "lora_layouts targets",
         "lora_sites",
         "modules_to_save token_rows",
-        "lora_read",
-        "lora_write",
-        "inject ia3 prefix prompt",
+        "lora_pairs",
+        "lora_read lora_write",
+        "ia3 prefix prompt",
         "directory",
     ],
-    "exchange": ["keys", "read write", "tools"],
+    "exchange": ["dialects", "read write"],
 }
 TRITON = "kernels.*triton*"  # the files that may import it
 RUN_TIME_DEPENDENCIES = {"torch", "safetensors", "numpy", "einops", "triton"}

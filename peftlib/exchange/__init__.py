@@ -1,4 +1,4 @@
 """LoRA files of tools other than HF peft: kohya, diffusers, loralib and torchtune."""
 
-from .tools import load as load
-from .tools import save as save
+from .read import load as load
+from .write import save as save

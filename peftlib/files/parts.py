@@ -1,5 +1,7 @@
 """Adapters in the making: host, kind, keywords and tensors, put into a model all or nothing."""
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from .._core.inject import (
@@ -12,13 +14,14 @@ from .._core.inject import (
     require_free,
     require_name,
 )
-from .._core.walk import candidates
 from .._errors import AdapterError
 from .rebuild import entries, fill, require_keys
 
 
-def install_parts(model: nn.Module, parts: list[Part], name: str, where: str, *, freeze: bool = True) -> list[str]:
-    """Puts all parts in under one name, or none; returns the hosts in the model's order."""
+def install_parts(
+    model: nn.Module, parts: list[Part], name: str, where: str, order: Iterable[nn.Module], *, freeze: bool = True
+) -> list[str]:
+    """Puts all parts in under one name, or none; returns the hosts in the order of these modules."""
     require_name(name)
     require_changeable(model, "load")
     placed = [_placed(part, name, where) for part in parts]
@@ -27,8 +30,8 @@ def install_parts(model: nn.Module, parts: list[Part], name: str, where: str, *,
         if part.tensors is not None:
             _fill(part, item, where)
     install(model, placed, freeze=freeze)
-    hosts = {part.host_name for part in parts}
-    return [host_name for host_name, _ in candidates(model) if host_name in hosts]
+    hosts = {id(part.host): part.host_name for part in parts}
+    return [hosts[id(module)] for module in order if id(module) in hosts]
 
 
 def _placed(part: Part, name: str, where: str) -> Placed:

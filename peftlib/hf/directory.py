@@ -17,9 +17,9 @@ from ..kinds.prefix import Prefix
 from ..kinds.prompt import Prompt
 from .config import NAME, Config, checked, read_config, written
 from .ia3 import ia3_files, ia3_parts
-from .inject import fresh_lora
-from .lora_read import lora_parts
+from .lora_read import fresh_lora, lora_parts
 from .lora_write import lora_files
+from .modules import Modules
 from .modules_to_save import Found
 from .prefix import prefix_files, prefix_parts
 from .prompt import prompt_files, prompt_parts
@@ -70,20 +70,21 @@ def load(model: nn.Module, directory: Path, name: str = "default") -> list[str]:
     with opened(path) as file:
         shapes = {key: found["shape"] for key, found in listed(file).items()}
         tensors = FileTensors(shapes, lambda key: read_tensor(file, key), path)
-        parts = _parts(model, config, tensors, path)
-    return install_parts(model, parts, name, path)
+        modules = Modules(model)
+        parts = _parts(modules, config, tensors, path)
+    return install_parts(model, parts, name, path, modules.by_name.values())
 
 
-def _parts(model: nn.Module, config: Config, tensors: FileTensors | None, where: str) -> list[Part]:
+def _parts(modules: Modules, config: Config, tensors: FileTensors | None, where: str) -> list[Part]:
     """With the tensors of a file, or fresh."""
     kind = config["peft_type"]
     if kind == "LORA":
-        return fresh_lora(model, config, where) if tensors is None else lora_parts(model, config, tensors)
+        return fresh_lora(modules, config, where) if tensors is None else lora_parts(modules, config, tensors)
     if kind == "IA3":
-        return ia3_parts(model, config, tensors, where)
+        return ia3_parts(modules, config, tensors, where)
     if kind == "PREFIX_TUNING":
-        return prefix_parts(model, config, tensors, where)
-    return prompt_parts(model, config, tensors, where)  # PROMPT_TUNING or P_TUNING: the config of another is refused
+        return prefix_parts(modules, config, tensors, where)
+    return prompt_parts(modules, config, tensors, where)  # PROMPT_TUNING or P_TUNING: the config of another is refused
 
 
 def save(
@@ -125,7 +126,7 @@ def save(
         raise AdapterError(f"target={target!r} is none of {', '.join(map(repr, _TARGETS))}. Pass one of them.")
     require(model, (name,))
     found = [(model.get_submodule(host_name), adapter) for host_name, _, adapter in adapters(model, name)]
-    config, tensors = _files(model, found, target)
+    config, tensors = _files(Modules(model), found, target)
     base = base_model_name_or_path or getattr(model, "name_or_path", None) or None
     virtual = "CAUSAL_LM" if "num_virtual_tokens" in config else None  # peft puts them in for a known task alone
     config |= {"task_type": task_type or virtual, "base_model_name_or_path": base}
@@ -137,13 +138,13 @@ def save(
         write_tensors(weights, _writable(tensors), {"format": "pt"})
 
 
-def _files(model: nn.Module, found: Found, target: str) -> tuple[Config, dict[str, Tensor]]:
+def _files(modules: Modules, found: Found, target: str) -> tuple[Config, dict[str, Tensor]]:
     kind = next((kind for kind in _WRITERS if any(isinstance(adapter, kind) for _, adapter in found)), None)
     if kind is None:
-        return lora_files(model, found, target)
+        return lora_files(modules, found, target)
     if target != "peft":
         raise AdapterError(f'target={target!r} serves low-rank pairs alone, no {kind.__name__}. Choose target="peft".')
-    return _WRITERS[kind](model, found)
+    return _WRITERS[kind](modules, found)
 
 
 def _writable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -183,7 +184,8 @@ def inject(
     """
     where = "config" if isinstance(config, Mapping) else os.fspath(config)
     found = checked(config, where) if isinstance(config, Mapping) else read_config(config)
-    parts = _parts(model, found, None, where)
+    modules = Modules(model)
+    parts = _parts(modules, found, None, where)
     if not parts:
         raise AdapterError(f"{where}: target_modules={found['target_modules']!r} matches no module. Correct it.")
-    return install_parts(model, parts, name, where, freeze=freeze)
+    return install_parts(model, parts, name, where, modules.by_name.values(), freeze=freeze)

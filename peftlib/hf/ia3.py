@@ -1,6 +1,5 @@
 """(IA)³ in the files of HF peft: a factor for each layer, on its outputs, or its inputs where it is `feedforward`."""
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +7,6 @@ from torch import Tensor, nn
 
 from .._core.foreign import reader_of
 from .._core.inject import Part
-from .._core.walk import candidates
 from .._errors import AdapterError
 from ..kinds._low_rank import low_rank_branch_of
 from ..kinds._weight_layout import is_transposed_linear
@@ -17,36 +15,38 @@ from ..kinds.ia3 import IA3
 from .config import Config
 from .lora_read import fresh_copy, kept_parts
 from .lora_sites import PREFIX, Sites
+from .modules import Modules
 from .modules_to_save import Found, Tensors, copies_of, kept_tensors, require_exactly_kept
 from .refusals import class_of
-from .targets import module_target, modules_kept, modules_named, whole_match
+from .targets import module_target, modules_kept, modules_named, named_by, one_of
 from .tensors import FileTensors
 
 _SUFFIX = "ia3_l"
 _HOSTS = (nn.Linear, nn.Conv2d, nn.Conv3d)
 
 
-def ia3_parts(model: nn.Module, config: Config, tensors: FileTensors | None, where: str) -> list[Part]:
+def ia3_parts(modules: Modules, config: Config, tensors: FileTensors | None, where: str) -> list[Part]:
     """Adapters with the file's factors, or fresh ones."""
-    by_name, sites = dict(candidates(model)), _sites(model, config)
+    sites = _sites(modules, config)
     if config["feedforward_modules"] is None:
         raise AdapterError(f"{where}: feedforward_modules is missing, and there are no defaults here. Name them.")
     if tensors is None:
-        kept = [fresh_copy(model, name, by_name[name]) for name in modules_kept(model, config)]
+        kept = [fresh_copy(modules, name) for name in modules_kept(modules, config)]
     else:
-        kept = kept_parts(model, config, sites, tensors)
-    parts = [_part(model, name, by_name[name], config, tensors) for name in sites.depths]
+        kept = kept_parts(modules, config, sites, tensors)
+    parts = [_part(modules, name, config, tensors) for name in sites.depths]
     if tensors is not None:
         tensors.require_all_taken()
     return [*kept, *parts]
 
 
-def _sites(model: nn.Module, config: Config) -> Sites:
-    return Sites([], dict.fromkeys(modules_named(model, config), 1))
+def _sites(modules: Modules, config: Config) -> Sites:
+    return Sites([], dict.fromkeys(modules_named(modules, config), 1))
 
 
-def _part(model: nn.Module, name: str, host: nn.Module, config: Config, tensors: FileTensors | None) -> Part:
-    _require_same(model, name, host)
+def _part(modules: Modules, name: str, config: Config, tensors: FileTensors | None) -> Part:
+    host = modules.by_name[name]
+    _require_same(modules.model, name, host)
     on = "input" if _is_feedforward(config["feedforward_modules"], name) else "output"
     found = None
     if tensors is not None:
@@ -75,29 +75,28 @@ def _shape(host: Any, on: str) -> tuple[int, ...]:
 
 
 def _is_feedforward(named: Any, name: str) -> bool:
-    return whole_match(named, name) if isinstance(named, str) else name.endswith(tuple(named))
+    return named_by(named)(name) if isinstance(named, str) else name.endswith(tuple(named))
 
 
-def ia3_files(model: nn.Module, found: Found) -> tuple[Config, Tensors]:
+def ia3_files(modules: Modules, found: Found) -> tuple[Config, Tensors]:
     """The configuration and the tensors by their keys."""
-    names = {id(module): name for name, module in candidates(model)}
-    factors = {names[id(host)]: (host, adapter) for host, adapter in found if isinstance(adapter, IA3)}
+    factors = {modules.name_of[id(host)]: (host, adapter) for host, adapter in found if isinstance(adapter, IA3)}
     other = sorted({type(each).__name__ for _, each in found if not isinstance(each, (IA3, Full))})
     if other:
         raise AdapterError(f"{', '.join(other)} beside IA3 has no place in peft's file. Save it by a name of its own.")
     for name, (host, _) in factors.items():
-        _require_same(model, name, host)
-    own, kept = copies_of(names, found, set(factors))
+        _require_same(modules.model, name, host)
+    own, kept = copies_of(modules, found, set(factors))
     if own or any(isinstance(each, Full) and each.rows is not None for _, each in found):
         raise AdapterError("peft keeps no learned bias and no rows of weights beside (IA)³. Save them by another name.")
     config: Config = {
         "peft_type": "IA3", "inference_mode": True, "exclude_modules": None, "modules_to_save": sorted(kept) or None,
         "fan_in_fan_out": any(is_transposed_linear(host) for host, _ in factors.values()),
     }  # fmt: skip
-    config["target_modules"] = module_target(model, config, factors)
+    config["target_modules"] = module_target(modules, config, factors)
     config["feedforward_modules"] = _feedforward(config["target_modules"], {n: a.on for n, (_, a) in factors.items()})
-    require_exactly_kept(model, config, kept)
-    sites = _sites(model, config)
+    require_exactly_kept(modules, config, kept)
+    sites = _sites(modules, config)
     return config, {**dict(_tensors(sites, factors)), **kept_tensors(sites, kept)}
 
 
@@ -114,4 +113,4 @@ def _feedforward(targets: Any, sides: dict[str, str]) -> Any:
     exact = all(name.endswith(tuple(leaves)) == (side == "input") for name, side in sides.items())
     if not inputs or (exact and isinstance(targets, list) and set(leaves) <= set(targets)):
         return leaves
-    return f"({'|'.join(map(re.escape, inputs))})"
+    return one_of(inputs)

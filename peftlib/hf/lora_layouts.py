@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .._core.override import owner_of, weight_of
@@ -87,15 +88,13 @@ class Grouped(Layout):
         return rank * self.groups
 
     def write(self, A: Tensor, B: Tensor) -> Pair:
-        rank, part, *kernel = A.shape
-        wide = A.new_zeros(self.groups, rank, self.groups, part, *kernel)
+        wide = A.new_zeros(self.groups, len(A), self.groups, *A.shape[1:])
         for group in range(self.groups):
             wide[group, :, group] = A
-        return wide.reshape(self.groups * rank, self.groups * part, *kernel), B
+        return rearrange(wide, "g r h i ... -> (g r) (h i) ..."), B
 
     def read(self, A: Tensor, B: Tensor) -> Pair:
-        out, part, *kernel = self.shape
-        wide = A.view(self.groups, -1, self.groups, part, *kernel)
+        wide = rearrange(A, "(g r) (h i) ... -> g r h i ...", g=self.groups, h=self.groups)
         own = torch.stack([wide[group, :, group] for group in range(self.groups)])  # [groups, rank, in/groups, ...]
         if wide.count_nonzero() != own.count_nonzero():
             raise AdapterError(
@@ -104,11 +103,11 @@ class Grouped(Layout):
             )
         if all(torch.equal(own[0], each) for each in own):
             return own[0].contiguous(), B
-        rank = own.shape[1]
-        apart = B.new_zeros(self.groups, out // self.groups, self.groups, rank, *[1] * len(kernel))
-        for group, rows in enumerate(B.view(self.groups, out // self.groups, rank, *[1] * len(kernel))):
-            apart[group, :, group] = rows
-        return own.flatten(0, 1), apart.reshape(out, self.groups * rank, *[1] * len(kernel))
+        rows = rearrange(B, "(g o) ... -> g o ...", g=self.groups)
+        apart = B.new_zeros(*rows.shape[:2], self.groups, *rows.shape[2:])
+        for group in range(self.groups):
+            apart[group, :, group] = rows[group]
+        return rearrange(own, "g r ... -> (g r) ..."), rearrange(apart, "g o h r ... -> (g o) (h r) ...")
 
 
 class OutProjection(Layout):
@@ -127,12 +126,11 @@ class Stacked(Layout):
         return (experts * rank, inputs), (out, rank * experts)
 
     def read(self, A: Tensor, B: Tensor) -> Pair:
-        experts, out, inputs = self.shape
-        stacked_B = B.reshape(out, -1, experts).permute(2, 0, 1)
-        return A.reshape(experts, -1, inputs), stacked_B.contiguous()
+        experts = self.shape[0]
+        return rearrange(A, "(e r) i -> e r i", e=experts), rearrange(B, "o (r e) -> e o r", e=experts).contiguous()
 
     def write(self, A: Tensor, B: Tensor) -> Pair:
-        return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1).contiguous()
+        return rearrange(A, "e r i -> (e r) i"), rearrange(B, "e o r -> o (r e)")
 
 
 class StackedAcross(Stacked):
@@ -143,12 +141,12 @@ class StackedAcross(Stacked):
         return (experts * rank, inputs), (out, rank * experts)
 
     def read(self, A: Tensor, B: Tensor) -> Pair:
-        experts, inputs, out = self.shape
-        as_A = B.reshape(out, -1, experts).permute(2, 1, 0)  # [experts, rank, out]
-        return as_A.contiguous(), A.reshape(experts, -1, inputs).transpose(1, 2).contiguous()
+        experts = self.shape[0]
+        as_A, as_B = rearrange(B, "o (r e) -> e r o", e=experts), rearrange(A, "(e r) i -> e i r", e=experts)
+        return as_A.contiguous(), as_B.contiguous()
 
     def write(self, A: Tensor, B: Tensor) -> Pair:
-        return B.transpose(1, 2).flatten(0, 1).contiguous(), A.permute(2, 1, 0).flatten(1).contiguous()
+        return rearrange(B, "e i r -> (e r) i"), rearrange(A, "e r o -> o (r e)")
 
 
 def magnitude_shape(layout: Layout, host: nn.Module, param: str) -> Shape:

@@ -1,6 +1,5 @@
 """From the tensors of a LoRA of HF peft to adapters here: each key has a meaning, or the file is refused."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,36 +9,80 @@ from torch import Tensor, nn
 from .._core.foreign import reader_of
 from .._core.inject import Part
 from .._core.override import weight_of
-from .._core.walk import candidates
 from .._errors import AdapterError
-from ..kinds._low_rank import low_rank_branch_of
-from ..kinds.dora import DoRA
 from ..kinds.full import Full
-from ..kinds.lora import LoRA
 from .config import Config
 from .lora_layouts import Looked, is_linear, magnitude_shape
-from .lora_sites import PREFIX, Site, Sites, sites_of
+from .lora_pairs import MAGNITUDE, Start, filled_part, fresh_part
+from .lora_sites import PREFIX, Site, Sites, scale_of, sites_of
+from .modules import Modules
 from .targets import modules_kept
 from .tensors import FileTensors
 from .token_rows import token_parts
 
-MAGNITUDE = "lora_magnitude_vector"
-
 _MOVES_THE_BASE = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
+_STARTS = {"true": "kaiming", "gaussian": "gaussian", "pissa": "pissa"}
 
 
-def lora_parts(model: nn.Module, config: Config, tensors: FileTensors) -> list[Part]:
+def lora_parts(modules: Modules, config: Config, tensors: FileTensors) -> list[Part]:
     """What replaces weights comes first, so that it lies inside and the pairs act on it."""
-    require_known_start(config, tensors.where)
-    sites = sites_of(model, config)
-    kept = kept_parts(model, config, sites, tensors)
+    _require_known_start(config, tensors.where)
+    sites = sites_of(modules, config)
+    kept = kept_parts(modules, config, sites, tensors)
     pairs = [part for site in sites.pairs for part in _pair(site, config, tensors)]
-    replaced = [*_replaced(model, sites, tensors), *token_parts(model, config, sites, tensors)]
+    replaced = [*_replaced(modules, sites, tensors), *token_parts(modules, config, sites, tensors)]
     tensors.require_all_taken()
     return sorted([*kept, *replaced, *pairs], key=lambda part: part.kind is not Full)
 
 
-def require_known_start(config: Config, where: str) -> None:
+def fresh_lora(modules: Modules, config: Config, where: str) -> list[Part]:
+    """The same adapters before any training."""
+    _require_known_start(config, where)
+    start = str(config["init_lora_weights"]).lower()
+    if start not in _STARTS:
+        raise AdapterError(
+            f"{where}: init_lora_weights={start!r} has no counterpart here (there is one for true, gaussian, pissa). "
+            "Change it, or start in peft and load what it saves."
+        )
+    sites = sites_of(modules, config)
+    whole = modules_kept(modules, config)
+    kept = [fresh_copy(modules, name) for name in whole]
+    biases = [fresh_copy(modules, name, "bias") for name in _with_bias(modules, whole, config, sites)]
+    tokens = token_parts(modules, config, sites, None)
+    return [*kept, *biases, *tokens, *(_fresh_pair(site, config) for site in sites.pairs)]
+
+
+def _fresh_pair(site: Site, config: Config) -> Part:
+    try:
+        if config["use_dora"]:
+            magnitude_shape(site.layout, site.host, site.param)
+        return fresh_part(site, _start(site, config))
+    except AdapterError as error:
+        raise AdapterError(f"{site.key}: {error}") from None
+
+
+def _with_bias(modules: Modules, whole: list[str], config: Config, sites: Sites) -> Iterator[str]:
+    """`bias` "lora_only": of the adapted layers; "all": of every layer. `lora_bias` says the first in other words."""
+    wanted = config["bias"] if config["bias"] != "none" else "lora_only" if config["lora_bias"] else "none"
+    if wanted == "none":
+        return
+    inside = tuple(f"{name}." for name in whole)
+    for name, module in modules.by_name.items():
+        has = module._parameters.get("bias") is not None
+        if has and (wanted == "all" or name in sites.depths) and not f"{name}.".startswith(inside):
+            yield name
+
+
+def _start(site: Site, config: Config) -> Start:
+    start = _STARTS.get(str(config["init_lora_weights"]).lower(), "kaiming")
+    if start == "pissa" and isinstance(site.layout, Looked):
+        start = "kaiming"
+    elif start == "pissa" and (site.param != "weight" or not is_linear(site.layout) or config["use_dora"]):
+        raise AdapterError("init_lora_weights='pissa' is for Linear layers and plain LoRA. Narrow the targets.")
+    return Start(config["use_rslora"], config["use_dora"], config["lora_dropout"], start)
+
+
+def _require_known_start(config: Config, where: str) -> None:
     start = str(config["init_lora_weights"]).lower()
     if start.startswith(_MOVES_THE_BASE):
         raise AdapterError(
@@ -56,51 +99,17 @@ def _pair(site: Site, config: Config, tensors: FileTensors) -> Iterator[Part]:
         yield _bias_of_pair(site, config, tensors)
     if isinstance(site.host, nn.MultiheadAttention) and not A.count_nonzero() and not B.count_nonzero():
         return  # how a half that is not adapted is written: peft always adapts both
+    magnitude = _magnitude(site, tensors) if config["use_dora"] else None
     try:
-        own_A, own_B = site.layout.read(A, B)
+        yield filled_part(site, _start(site, config), A, B, magnitude)
     except AdapterError as error:
         raise AdapterError(f"{tensors.where}: {site.key}: {error}") from None
-    keywords, kind = keywords_of(site, config, site.layout.rank_of(own_A)), DoRA if config["use_dora"] else LoRA
-    found = {"lora_A": own_A, "lora_B": own_B}
-    if kind is DoRA:
-        found["magnitude"] = _magnitude(site, tensors)
-    if keywords["init"] == "pissa":
-        fresh = LoRA(site.host, **keywords)
-        found |= {"initial_A": fresh.initial_A, "initial_B": fresh.initial_B}
-    prefix = "" if site.param == "weight" else f"{site.param}."
-    yield Part(site.host_name, site.host, kind, keywords, {prefix + key: value for key, value in found.items()})
-
-
-def keywords_of(site: Site, config: Config, rank: int) -> dict[str, Any]:
-    """The keywords of the LoRA here that has rank `rank` and the scale of the site."""
-    stabilized, alpha = config["use_rslora"], site.alpha * site.layout.times
-    if rank != site.rank:
-        alpha, stabilized = alpha * rank / (math.sqrt(site.rank) if stabilized else site.rank), False
-    drops = low_rank_branch_of(site.host, site.param) is not None and not isinstance(site.layout, Looked)
-    return {
-        "rank": rank,
-        "alpha": alpha,
-        "rank_stabilized": stabilized,
-        "dropout": config["lora_dropout"] if drops else 0.0,
-        "init": "pissa" if _starts_principal(site, config) else "kaiming",
-        "param": site.param,
-    }
-
-
-def _starts_principal(site: Site, config: Config) -> bool:
-    if str(config["init_lora_weights"]).lower() != "pissa" or isinstance(site.layout, Looked):
-        return False
-    if site.param != "weight" or not is_linear(site.layout) or config["use_dora"]:
-        raise AdapterError(
-            f"{site.key}: init_lora_weights='pissa' is for Linear layers and plain LoRA. Narrow the targets."
-        )
-    return True
 
 
 def _magnitude(site: Site, tensors: FileTensors) -> Tensor:
     stem = f"{PREFIX}{site.path}.{MAGNITUDE}"
     key = f"{stem}.weight" if f"{stem}.weight" in tensors.left else stem
-    return tensors.take(key, magnitude_shape(site.layout, site.host, site.param)).flatten()
+    return tensors.take(key, magnitude_shape(site.layout, site.host, site.param))
 
 
 def _bias_of_pair(site: Site, config: Config, tensors: FileTensors) -> Part:
@@ -113,19 +122,18 @@ def _bias_of_pair(site: Site, config: Config, tensors: FileTensors) -> Part:
         )
     learned = f"{PREFIX}{site.path}.base_layer.bias"
     own = tensors.take(learned, bias.shape) if learned in tensors.left else bias.detach()
-    scale = site.alpha / (math.sqrt(site.rank) if config["use_rslora"] else site.rank)
+    scale = scale_of(site.alpha, site.rank, config["use_rslora"])
     extra = tensors.take(f"{PREFIX}{site.path}.lora_B.bias", bias.shape)
     return Part(site.host_name, site.host, Full, {"params": ["bias"]}, {"bias": own + scale * extra.to(own)})
 
 
-def kept_parts(model: nn.Module, config: Config, sites: Sites, tensors: FileTensors) -> list[Part]:
+def kept_parts(modules: Modules, config: Config, sites: Sites, tensors: FileTensors) -> list[Part]:
     """`modules_to_save`: whole modules."""
-    by_name = dict(candidates(model))
-    return [_kept(model, name, by_name[name], sites, tensors) for name in modules_kept(model, config)]
+    return [_kept(modules, name, sites, tensors) for name in modules_kept(modules, config)]
 
 
-def _kept(model: nn.Module, name: str, module: nn.Module, sites: Sites, tensors: FileTensors) -> Part:
-    fresh, (*_, inner) = fresh_copy(model, name, module), reader_of(model, name, module)
+def _kept(modules: Modules, name: str, sites: Sites, tensors: FileTensors) -> Part:
+    fresh, (*_, inner) = fresh_copy(modules, name), reader_of(modules.model, name, modules.by_name[name])
     aliases = Full(fresh.host, **fresh.config).aliases
     found: dict[str, Tensor] = {}
     for first, names in aliases.items():
@@ -147,24 +155,24 @@ def _kept_tensor(stem: str, leaf: str, weight: Tensor, tensors: FileTensors) -> 
     return value
 
 
-def fresh_copy(model: nn.Module, name: str, module: nn.Module, params: Any = None) -> Part:
-    host_name, host, inner = reader_of(model, name, module)
+def fresh_copy(modules: Modules, name: str, params: Any = None) -> Part:
+    host_name, host, inner = reader_of(modules.model, name, modules.by_name[name])
     (keywords,) = Full.split(host, inner, {} if params is None else {"params": [params]})
     return Part(host_name, host, Full, keywords)
 
 
-def _replaced(model: nn.Module, sites: Sites, tensors: FileTensors) -> Iterator[Part]:
+def _replaced(modules: Modules, sites: Sites, tensors: FileTensors) -> Iterator[Part]:
     """Learned biases, and the embeddings that peft writes along; those that are the base's own say nothing."""
-    for name, module in candidates(model):
+    for name, module in modules.by_name.items():
         for leaf, weight in module.named_parameters(recurse=False):
             key = f"{PREFIX}{sites.path(name)}.{leaf}" if name else f"{PREFIX}{leaf}"
             if key not in tensors.left or leaf not in ("weight", "bias"):
                 continue
-            if leaf == "weight" and not _is_embedding(model, module):
+            if leaf == "weight" and not _is_embedding(modules.model, module):
                 continue
             value = tensors.take(key, weight.shape)
             if leaf == "bias" or not torch.equal(value.to(weight), weight):
-                host_name, host, inner = reader_of(model, name, module)
+                host_name, host, inner = reader_of(modules.model, name, module)
                 param = f"{inner}.{leaf}".lstrip(".")
                 yield Part(host_name, host, Full, {"params": [param]}, {param: value})
 

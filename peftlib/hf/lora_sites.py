@@ -1,17 +1,18 @@
 """Where a LoRA configuration of HF peft puts its pairs: the keys in its file, and the places in the model."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import nn
 
 from .._core.foreign import reader_of
-from .._core.walk import candidates
 from .._errors import AdapterError
 from .config import Config
 from .lora_layouts import Layout, layout_of
+from .modules import Modules
 from .refusals import class_of
-from .targets import modules_named, parameters_named, pattern_value
+from .targets import Patterns, modules_named, parameters_named
 
 PREFIX = "base_model.model."
 _INSIDE = ".base_layer"
@@ -33,6 +34,10 @@ class Site(NamedTuple):
         return self.key
 
 
+def scale_of(alpha: float, rank: int, stabilized: bool) -> float:
+    return alpha / (math.sqrt(rank) if stabilized else rank)
+
+
 class Sites(NamedTuple):
     """All pairs of a configuration, and how deep each wrapped module lies in peft's own model."""
 
@@ -47,56 +52,53 @@ class Sites(NamedTuple):
         return "".join(f".{part}{level}" for part, level in zip(parts, levels, strict=True)).lstrip(".")
 
 
-def sites_of(model: nn.Module, config: Config) -> Sites:
-    by_name = dict(candidates(model))
-    modules = modules_named(model, config)
-    parameters = parameters_named(model, config)
-    both = sorted(set(modules) & parameters.keys())
+def sites_of(modules: Modules, config: Config) -> Sites:
+    named, parameters = modules_named(modules, config), parameters_named(modules, config)
+    both = sorted(set(named) & parameters.keys())
     if both:
         raise AdapterError(
             f"{both[0]}: target_modules and target_parameters both name it, which peft refuses. Name it once."
         )
-    depths = dict.fromkeys(modules, 1) | {name: len(leaves) for name, leaves in parameters.items()}
-    depths |= {f"{name}.out_proj": 1 for name in modules if isinstance(by_name[name], nn.MultiheadAttention)}
+    depths = dict.fromkeys(named, 1) | {name: len(leaves) for name, leaves in parameters.items()}
+    depths |= {f"{name}.out_proj": 1 for name in named if isinstance(modules.by_name[name], nn.MultiheadAttention)}
     sites = Sites([], depths)
-    for name in modules:
-        sites.pairs.extend(_of_module(model, config, sites, name, by_name[name]))
-    for name, leaves in parameters.items():
-        sites.pairs.extend(_of_parameters(config, sites, name, by_name[name], leaves))
+    ranks = Patterns(config["rank_pattern"], config["r"])
+    alphas = Patterns(config["alpha_pattern"], config["lora_alpha"])
+    for place in _places(modules, sites, named, parameters):
+        sites.pairs.append(place._replace(rank=ranks.value(place.key), alpha=alphas.value(place.key)))
     return sites
 
 
-def _of_module(model: nn.Module, config: Config, sites: Sites, name: str, module: nn.Module) -> Iterator[Site]:
-    host_name, _, inner = reader_of(model, name, module)
+def _places(modules: Modules, sites: Sites, named: list[str], parameters: dict[str, list[str]]) -> Iterator[Site]:
+    for name in named:
+        path, module = sites.path(name).removesuffix(_INSIDE), modules.by_name[name]
+        if isinstance(module, nn.MultiheadAttention):
+            yield site_of(modules, path, name, "in_proj_weight")
+            yield site_of(modules, f"{path}{_INSIDE}.out_proj", name, "out_proj.weight")
+        else:
+            yield site_of(modules, path, name)
+    for name, leaves in parameters.items():  # the last one is outermost in peft's model
+        path = sites.path(name).removesuffix(_INSIDE * len(leaves))
+        for depth, leaf in enumerate(reversed(leaves)):
+            site = site_of(modules, path + _INSIDE * depth, name, leaf)
+            yield site._replace(key=f"{name}.{leaf}")
+
+
+def site_of(modules: Modules, path: str, name: str, param: str = "weight", rank: int = 0, alpha: float = 0) -> Site:
+    """The place of a pair on one weight; refused where peft cannot adapt it, or where no adapter would act."""
+    module = modules.by_name[name]
+    host_name, _, inner = reader_of(modules.model, name, module)
     if inner:
         raise AdapterError(
             f"{name}: its parent reads it without calling it, so peft's adapter there never acts. "
             f"Target {host_name.rpartition('.')[2] or 'the parent'!r}, which takes it along."
         )
-    path = sites.path(name).removesuffix(_INSIDE)
-    if isinstance(module, nn.MultiheadAttention):
-        yield _site(config, path, name, name, module, "in_proj_weight")
-        yield _site(config, f"{path}{_INSIDE}.out_proj", name, name, module, "out_proj.weight")
-        return
-    yield _site(config, path, name, name, module, "weight")
-
-
-def _of_parameters(config: Config, sites: Sites, name: str, module: nn.Module, leaves: list[str]) -> Iterator[Site]:
-    """The last one is outermost in peft's model."""
-    path = sites.path(name).removesuffix(_INSIDE * len(leaves))
-    for depth, leaf in enumerate(reversed(leaves)):
-        yield _site(config, path + _INSIDE * depth, f"{name}.{leaf}", name, module, leaf)
-
-
-def _site(config: Mapping[str, Any], path: str, key: str, name: str, host: nn.Module, param: str) -> Site:
     try:
-        layout = layout_of(host, param)
+        layout = layout_of(module, param)
     except AttributeError:
         raise AdapterError(
-            f"{name}: {class_of(host)} has no {param}, so peft refuses it. Narrow the targets."
+            f"{name}: {class_of(module)} has no {param}, so peft refuses it. Narrow the targets."
         ) from None
     except AdapterError as error:
         raise AdapterError(f"{name}: {error}") from None
-    rank = pattern_value(config["rank_pattern"], key, config["r"])
-    alpha = pattern_value(config["alpha_pattern"], key, config["lora_alpha"])
-    return Site(path, key, name, host, param, layout, rank, alpha)
+    return Site(path, name, name, module, param, layout, rank, alpha)

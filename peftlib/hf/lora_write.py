@@ -1,87 +1,40 @@
 """From adapters here to the configuration and the tensors of a LoRA of HF peft."""
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .._core.adapter import Adapter
-from .._core.override import owner_of, weight_of
-from .._core.walk import candidates
+from .._core.override import weight_of
 from .._errors import AdapterError
-from ..kinds._low_rank import low_rank_branch_of
 from ..kinds._weight_layout import is_transposed_linear
-from ..kinds.dora import DoRA
-from ..kinds.full import Full
-from ..kinds.lora import LoRA
 from .config import Config, plain
-from .lora_layouts import Layout, Looked, is_linear, layout_of, magnitude_shape
-from .lora_read import MAGNITUDE
+from .lora_layouts import is_linear
+from .lora_pairs import MAGNITUDE, Pair, pairs_of
 from .lora_sites import PREFIX, Sites, sites_of
+from .modules import Modules
 from .modules_to_save import Copies, Found, Own, Tensors, copies_of, kept_tensors, require_exactly_kept
-from .refusals import is_module_target
 from .targets import exact_patterns, module_target, parameters_named
 from .token_rows import rows_of, token_config, token_tensors
 
 
-class Pair(NamedTuple):
-    """`module` is its name in the model, `at` with the weight's name in it; `key` is what patterns match; rank and
-    scale are those in the file."""
-
-    module: str
-    at: tuple[str, str]
-    key: str
-    host: nn.Module
-    param: str
-    layout: Layout
-    A: Tensor
-    B: Tensor
-    magnitude: Tensor | None
-    rank: int
-    alpha: float
-    stabilized: bool
-    dropout: float | None
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.stabilized else self.rank)
-
-    @property
-    def by_module(self) -> bool:
-        return is_module_target(self.host, self.param)
-
-
-def lora_files(model: nn.Module, found: Found, target: str) -> tuple[Config, Tensors]:
+def lora_files(modules: Modules, found: Found, target: str) -> tuple[Config, Tensors]:
     """The configuration and the tensors by their keys."""
-    names = {id(module): module_name for module_name, module in candidates(model)}
-    pairs = {pair.at: pair for host, each in found if (pair := _pair(names, host, each))}
-    rows = {one[0]: one[1:] for host, each in found if (one := rows_of(names, host, each))}
-    copies = [(host, each) for host, each in found if rows_of(names, host, each) is None]
-    own, kept = copies_of(names, copies, {pair.module for pair in pairs.values()})
+    pairs = {pair.at: pair for pair in pairs_of(modules, found)}
+    rows = {one[0]: one[1:] for host, each in found if (one := rows_of(modules, host, each))}
+    copies = [(host, each) for host, each in found if rows_of(modules, host, each) is None]
+    own, kept = copies_of(modules, copies, {pair.module for pair in pairs.values()})
     if target != "peft":
         _require_served(target, [*kept, *rows, *map(".".join, own)])
         pairs = served(pairs, target)
-    config = _config(model, list(pairs.values()), kept) | {"trainable_token_indices": token_config(model, rows)}
-    sites = sites_of(model, config)
+    config = _config(modules, list(pairs.values()), kept) | {"trainable_token_indices": token_config(modules, rows)}
+    sites = sites_of(modules, config)
     tensors = _pair_tensors(sites, pairs) | _own_tensors(sites, own) | kept_tensors(sites, kept)
     return {**config, "bias": _bias(own, sites)}, tensors | token_tensors(sites, rows, config)
 
 
-def _pair(names: dict[int, str], host: nn.Module, adapter: Adapter) -> Pair | None:
-    if isinstance(adapter, LoRA) and type(adapter) in (LoRA, DoRA):
-        return pair_of(names, host, adapter)
-    if type(adapter) is Full:
-        return None
-    raise AdapterError(
-        f"{names[id(host)] or 'the root'}: a file of LoRA has no place for {type(adapter).__name__}. "
-        "Save it under a name of its own, or with peftlib.save."
-    )
-
-
-def _config(model: nn.Module, pairs: list[Pair], kept: Copies) -> Config:
+def _config(modules: Modules, pairs: list[Pair], kept: Copies) -> Config:
     config: Config = {
         "peft_type": "LORA",
         "inference_mode": True,
@@ -91,9 +44,9 @@ def _config(model: nn.Module, pairs: list[Pair], kept: Copies) -> Config:
         "modules_to_save": sorted(kept) or None,
         **described(pairs),
     }
-    config["target_modules"] = module_target(model, config, [pair.module for pair in pairs if pair.by_module])
-    require_exactly_kept(model, config, kept)
-    named = {f"{at}.{leaf}" for at, leaves in parameters_named(model, config).items() for leaf in leaves}
+    config["target_modules"] = module_target(modules, config, [pair.module for pair in pairs if pair.by_module])
+    require_exactly_kept(modules, config, kept)
+    named = {f"{at}.{leaf}" for at, leaves in parameters_named(modules, config).items() for leaf in leaves}
     also = sorted(named - set(config["target_parameters"] or ()))
     if also:
         raise AdapterError(
@@ -140,44 +93,6 @@ _SERVED = {
     "vllm": "vLLM serves pairs of Linear layers alone",
     "llama.cpp": "llama.cpp converts pairs of matrices alone",
 }
-
-
-def pair_of(names: dict[int, str], host: nn.Module, adapter: LoRA) -> Pair:
-    owner, leaf = owner_of(host, adapter.param)
-    of_attention = isinstance(host, nn.MultiheadAttention) and is_module_target(host, adapter.param)
-    module = names[id(host if of_attention else owner)]
-    try:
-        layout = layout_of(host, adapter.param)
-        magnitude = _magnitude(layout, host, adapter)
-    except AdapterError as error:
-        raise AdapterError(f"{module or 'the root'}: {error}") from None
-    if not module:
-        raise AdapterError("the root: peft puts adapters into named modules alone. Wrap the model in a module.")
-    A, B, rank = adapter.lora_A.detach(), adapter.lora_B.detach(), adapter.rank
-    if adapter.init == "pissa":
-        A, B, rank = _as_change(adapter, layout), torch.cat([B, -adapter.initial_B], layout.rank_dim + 1), 2 * rank
-    there = layout.rank_there(rank)
-    kept = there == adapter.rank
-    alpha = (adapter.config["alpha"] if kept else adapter.scale * there) / layout.times
-    stabilized = kept and adapter.config["rank_stabilized"]
-    by_module = is_module_target(host, adapter.param)
-    drops = by_module and low_rank_branch_of(host, adapter.param) is not None and not isinstance(layout, Looked)
-    return Pair(
-        module, (module, adapter.param if of_attention else leaf),
-        module if by_module else f"{module}.{leaf}", host, adapter.param, layout, *layout.write(A, B),
-        magnitude, there, alpha, stabilized, adapter.dropout if drops else None,
-    )  # fmt: skip
-
-
-def _as_change(adapter: LoRA, layout: Layout) -> Tensor:
-    """What trained since the start, BA less its first value, is a pair of twice the rank."""
-    return torch.cat([adapter.lora_A.detach(), adapter.initial_A], layout.rank_dim)
-
-
-def _magnitude(layout: Layout, host: nn.Module, adapter: LoRA) -> Tensor | None:
-    if not isinstance(adapter, DoRA):
-        return None
-    return adapter.magnitude.detach().reshape(magnitude_shape(layout, host, adapter.param))
 
 
 def described(pairs: Collection[Pair]) -> Config:

@@ -12,6 +12,7 @@ from ..kinds.full import Full
 from ..kinds.lora import LoRA
 from .config import Config
 from .lora_sites import PREFIX, Sites
+from .modules import Modules
 from .targets import modules_kept
 
 Tensors = dict[str, Tensor]
@@ -20,7 +21,7 @@ Own = dict[tuple[str, str], Tensor]  # by module and weight
 Found = list[tuple[nn.Module, Adapter]]  # hosts and their adapters, innermost first
 
 
-def copies_of(names: dict[int, str], found: Found, paired: set[str]) -> tuple[Own, Copies]:
+def copies_of(modules: Modules, found: Found, paired: set[str]) -> tuple[Own, Copies]:
     """Copies of whole modules go to `modules_to_save`; learned biases, and embeddings under a pair, by themselves."""
     own: Own = {}
     kept: Copies = {}
@@ -28,7 +29,7 @@ def copies_of(names: dict[int, str], found: Found, paired: set[str]) -> tuple[Ow
         if not isinstance(adapter, Full):
             continue
         module, copies = _smallest(host, adapter)
-        where = names[id(module)]
+        where = modules.name_of[id(module)]
         if not where:
             raise AdapterError("the root: peft saves named modules alone. Adapt its modules instead.")
         if where not in paired and copies.keys() == _tensor_names(module):
@@ -37,7 +38,7 @@ def copies_of(names: dict[int, str], found: Found, paired: set[str]) -> tuple[Ow
         for path, value in copies.items():
             owner, leaf = owner_of(module, path)
             _require_writable(f"{where}.{path}", owner, leaf, [each for each in found[:position] if each[0] is host])
-            own[names[id(owner)], leaf] = value
+            own[modules.name_of[id(owner)], leaf] = value
     return own, kept
 
 
@@ -73,8 +74,8 @@ def _in_common(paths: list[list[str]]) -> list[str]:
     return [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
 
 
-def require_exactly_kept(model: nn.Module, config: Config, kept: Copies) -> None:
-    also = sorted(set(modules_kept(model, config)) - kept.keys())
+def require_exactly_kept(modules: Modules, config: Config, kept: Copies) -> None:
+    also = sorted(set(modules_kept(modules, config)) - kept.keys())
     if also:
         raise AdapterError(
             f"{', '.join(also[:4])}: peft saves every module whose name ends like {', '.join(sorted(kept))}, this one "

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._core.inject import Part
 from .._errors import AdapterError
 from ..kinds.prompt import Prompt
 from .config import Config
+from .modules import Modules
 from .modules_to_save import Found, Tensors
 from .refusals import class_of
 from .tensors import FileTensors
@@ -16,16 +17,16 @@ KEY = "prompt_embeddings"
 _STARTS = {"RANDOM": "normal", "SAMPLE_VOCAB": "vocabulary"}
 
 
-def prompt_parts(model: nn.Module, config: Config, tensors: FileTensors | None, where: str) -> list[Part]:
+def prompt_parts(modules: Modules, config: Config, tensors: FileTensors | None, where: str) -> list[Part]:
     """With the file's vectors, or fresh. What P-tuning trains is written as the vectors that it gives."""
     length = config["num_virtual_tokens"]
     if length is None or (config["num_transformer_submodules"] or 1) != 1:
         raise AdapterError(f"{where}: a prompt for an encoder and a decoder at once, or of no length. Correct it.")
     if tensors is None:
-        return [Part("", model, Prompt, {"length": length, "init": _start(config, where)})]
-    vectors = tensors.take(KEY, (length, _width(model)))
+        return [Part("", modules.model, Prompt, {"length": length, "init": _start(config, where)})]
+    vectors = tensors.take(KEY, (length, _width(modules.model)))
     tensors.require_all_taken()
-    return [Part("", model, Prompt, {"length": length}, {"prompt": vectors})]
+    return [Part("", modules.model, Prompt, {"length": length}, {"prompt": vectors})]
 
 
 def _start(config: Config, where: str) -> str:
@@ -46,10 +47,10 @@ def _width(model: Any) -> int:
     return model.get_input_embeddings().weight.shape[1]
 
 
-def prompt_files(model: nn.Module, found: Found) -> tuple[Config, Tensors]:
+def prompt_files(modules: Modules, found: Found) -> tuple[Config, Tensors]:
     """The configuration and the tensor."""
     ((host, adapter), *others) = found
-    if others or host is not model or not isinstance(adapter, Prompt):
+    if others or host is not modules.model or not isinstance(adapter, Prompt):
         raise AdapterError(
             f"{class_of(host)}: peft's file holds one prompt in front of the whole model, and nothing beside. Target "
             "the model itself, and save the rest apart."
