@@ -93,7 +93,7 @@ def _as_diffusers(components: list[Component]) -> Written:
     tensors: dict[str, Tensor] = {}
     said: dict[str, object] = {}
     for each in components:
-        config, own = lora_files(each.modules, each.found, "peft")
+        config, own = lora_files(each.modules, each.found)
         other = sorted(key.removeprefix(PREFIX) for key in own if not key.endswith((A, B, MAGNITUDE)))
         if other:
             raise AdapterError(

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from .._core.adapter import Adapter
 from .._core.inject import (
     Part,
     Placed,
@@ -14,14 +15,23 @@ from .._core.inject import (
     require_free,
     require_name,
 )
+from .._core.override import owner_of
 from .._errors import AdapterError
 from .rebuild import entries, fill, require_keys
 
 
 def install_parts(
-    model: nn.Module, parts: list[Part], name: str, where: str, order: Iterable[nn.Module], *, freeze: bool = True
+    model: nn.Module,
+    parts: list[Part],
+    name: str,
+    where: str,
+    order: Iterable[nn.Module],
+    *,
+    shared: Iterable[tuple[Part, Part]] = (),
+    freeze: bool = True,
 ) -> list[str]:
-    """Puts all parts in under one name, or none; returns the hosts in the order of these modules."""
+    """Puts all parts in under one name, or none; returns the hosts in the order of these modules. Of two parts that
+    are shared the second gets the parameters of the first."""
     require_name(name)
     require_changeable(model, "load")
     placed = [_placed(part, name, where) for part in parts]
@@ -29,9 +39,18 @@ def install_parts(
     for part, item in zip(parts, placed, strict=True):
         if part.tensors is not None:
             _fill(part, item, where)
+    of_part = {id(part): item.adapter for part, item in zip(parts, placed, strict=True)}
+    for one, other in shared:
+        _share(of_part[id(one)], of_part[id(other)])
     install(model, placed, freeze=freeze)
     hosts = {id(part.host): part.host_name for part in parts}
     return [hosts[id(module)] for module in order if id(module) in hosts]
+
+
+def _share(one: Adapter, other: Adapter) -> None:
+    for path, parameter in one.named_parameters():
+        owner, leaf = owner_of(other, path)
+        owner.register_parameter(leaf, parameter)
 
 
 def _placed(part: Part, name: str, where: str) -> Placed:

@@ -11,6 +11,7 @@ from ..files.container import Path
 from ..files.header import shown, strict_json
 
 NAME = "adapter_config.json"
+VERSION = "0.21.2"  # of the peft whose layouts are written
 
 Config = dict[str, Any]
 
@@ -58,6 +59,9 @@ _LIST = _Key(None, _optional(_is_names), "a list of names")
 _FLAG = _Key(False, _is_flag, "true or false")
 _COUNT = _Key(None, _optional(_is_count), "a whole number of at least 1")
 
+# What peft trains whole for a task, beside what `modules_to_save` names.
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
 _EVERY: dict[str, _Key] = {
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,
@@ -82,17 +86,23 @@ _LORA: dict[str, _Key] = {
     "trainable_token_indices": _Key(
         None, _optional(_is_indices, _of(_is_indices)), "a list of tokens, or such lists by name"
     ),
+    "ensure_weight_tying": _FLAG,
     "init_lora_weights": _Key(True, lambda value: value is None or isinstance(value, (bool, str)), "a way to start"),
 }
 _IA3: dict[str, _Key] = {**_EVERY, "feedforward_modules": _NAMES}
 _SIZES = ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers", "num_transformer_submodules")
-_VIRTUAL: dict[str, _Key] = dict.fromkeys(_SIZES, _COUNT)
+_VIRTUAL: dict[str, _Key] = dict.fromkeys(_SIZES, _COUNT) | {"modules_to_save": _LIST}
+_TOKENS: dict[str, _Key] = {
+    "target_modules": _NAMES,
+    "token_indices": _Key((), _is_indices, "a list of tokens"),
+}
 _KEYS: dict[str, dict[str, _Key]] = {
     "LORA": _LORA,
     "IA3": _IA3,
     "PREFIX_TUNING": _VIRTUAL | {"prefix_projection": _FLAG},
     "PROMPT_TUNING": _VIRTUAL,
     "P_TUNING": _VIRTUAL,
+    "TRAINABLE_TOKENS": _TOKENS,
 }
 
 # They say where an adapter comes from, how it was started or how it is run, and change nothing that it computes.
@@ -113,6 +123,14 @@ def read_config(path: Path) -> Config:
     return checked(strict_json(text, where), where)
 
 
+def config_of(config: Any) -> tuple[Config, str]:
+    """The configuration in a mapping, a file, or an object of peft, and what to call it."""
+    said = config.to_dict() if hasattr(config, "to_dict") else config
+    if isinstance(said, Mapping):
+        return checked(said, "config"), "config"
+    return read_config(said), os.fspath(said)
+
+
 def checked(found: Any, where: str) -> Config:
     """The configuration with its defaults filled in; refused where a value is unsound or not understood."""
     if not isinstance(found, Mapping):
@@ -128,7 +146,15 @@ def checked(found: Any, where: str) -> Config:
                 "result. Remove it if it has no effect here."
             )
     filled = {key: item.default for key, item in known.items()} | dict(found)
-    return {**filled, "peft_type": kind}
+    task = task_name(found.get("task_type"))
+    if task in HEADS and "modules_to_save" in known:
+        filled["modules_to_save"] = list(dict.fromkeys((*(filled["modules_to_save"] or ()), *HEADS[task])))
+    return {**filled, "peft_type": kind, "task_type": task}
+
+
+def task_name(task: Any) -> str | None:
+    """peft's enumeration is one of strings."""
+    return None if task is None else str(getattr(task, "value", task))
 
 
 def _kind(found: Mapping[str, Any], where: str) -> str:

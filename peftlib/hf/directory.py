@@ -1,33 +1,38 @@
 """Directories of HF peft, read and written whole, and its configurations put into a model."""
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from .._core.adapter import Adapter
 from .._core.inject import Part
 from .._core.walk import adapters, require
 from .._errors import AdapterError
 from ..files.container import Path, listed, opened, read_tensor, replacing, write_tensors
 from ..files.parts import install_parts
 from ..files.save_load import require_values
+from ..kinds.full import Full
 from ..kinds.ia3 import IA3
 from ..kinds.prefix import Prefix
 from ..kinds.prompt import Prompt
-from .config import NAME, Config, checked, read_config, written
+from .config import NAME, VERSION, Config, config_of, read_config, task_name, written
 from .ia3 import ia3_files, ia3_parts
-from .lora_read import fresh_lora, lora_parts
+from .lora_read import fresh_lora, kept_parts, lora_parts
+from .lora_sites import Sites
 from .lora_write import lora_files
 from .modules import Modules
-from .modules_to_save import Found
+from .modules_to_save import Found, copies_of, kept_tensors, require_exactly_kept, task_of, with_heads
 from .prefix import prefix_files, prefix_parts
 from .prompt import prompt_files, prompt_parts
 from .tensors import FileTensors
+from .ties import shared
+from .token_rows import tokens_alone
 
 _WEIGHTS = "adapter_model.safetensors"
 _TARGETS = ("peft", "vllm", "llama.cpp")
-_WRITERS = {IA3: ia3_files, Prefix: prefix_files, Prompt: prompt_files}
+_VIRTUAL = {Prefix: prefix_files, Prompt: prompt_files}
+_BASE = "base_model."  # of what is trained beside virtual tokens
 
 
 def load(model: nn.Module, directory: Path, name: str = "default") -> list[str]:
@@ -72,7 +77,7 @@ def load(model: nn.Module, directory: Path, name: str = "default") -> list[str]:
         tensors = FileTensors(shapes, lambda key: read_tensor(file, key), path)
         modules = Modules(model)
         parts = _parts(modules, config, tensors, path)
-    return install_parts(model, parts, name, path, modules.by_name.values())
+    return install_parts(model, parts, name, path, modules.by_name.values(), shared=shared(modules, config, parts))
 
 
 def _parts(modules: Modules, config: Config, tensors: FileTensors | None, where: str) -> list[Part]:
@@ -82,9 +87,11 @@ def _parts(modules: Modules, config: Config, tensors: FileTensors | None, where:
         return fresh_lora(modules, config, where) if tensors is None else lora_parts(modules, config, tensors)
     if kind == "IA3":
         return ia3_parts(modules, config, tensors, where)
-    if kind == "PREFIX_TUNING":
-        return prefix_parts(modules, config, tensors, where)
-    return prompt_parts(modules, config, tensors, where)  # PROMPT_TUNING or P_TUNING: the config of another is refused
+    if kind == "TRAINABLE_TOKENS":
+        return tokens_alone(modules, config, tensors)
+    kept = kept_parts(modules, config, Sites([], {}), tensors, _BASE)
+    parts_of = prefix_parts if kind == "PREFIX_TUNING" else prompt_parts
+    return [*kept, *parts_of(modules, config, tensors, where)]
 
 
 def save(
@@ -106,7 +113,9 @@ def save(
         directory: made if it is not there; each of its two files is replaced whole.
         name: the adapter.
         target: "peft", "vllm" or "llama.cpp".
-        task_type: peft's word for the task, such as "CAUSAL_LM".
+        task_type: peft's word for the task, such as "CAUSAL_LM"; default what the model's class says. For
+            classification and question answering peft expects the head in the file: one that was not trained is
+            written as it is.
         base_model_name_or_path: of the base; default what the model says of itself.
 
     Raises:
@@ -126,10 +135,12 @@ def save(
         raise AdapterError(f"target={target!r} is none of {', '.join(map(repr, _TARGETS))}. Pass one of them.")
     require(model, (name,))
     found = [(model.get_submodule(host_name), adapter) for host_name, _, adapter in adapters(model, name)]
-    config, tensors = _files(Modules(model), found, target)
+    modules = Modules(model)
+    task = task_name(task_type) or task_of(modules, found, target)
+    config, tensors = _files(modules, found, target, task)
     base = base_model_name_or_path or getattr(model, "name_or_path", None) or None
     virtual = "CAUSAL_LM" if "num_virtual_tokens" in config else None  # peft puts them in for a known task alone
-    config |= {"task_type": task_type or virtual, "base_model_name_or_path": base}
+    config |= {"task_type": task or virtual, "base_model_name_or_path": base, "peft_version": VERSION}
     os.makedirs(directory, exist_ok=True)
     where = os.fspath(directory)
     with replacing(os.path.join(where, NAME)) as text, replacing(os.path.join(where, _WEIGHTS)) as weights:
@@ -138,13 +149,31 @@ def save(
         write_tensors(weights, _writable(tensors), {"format": "pt"})
 
 
-def _files(modules: Modules, found: Found, target: str) -> tuple[Config, dict[str, Tensor]]:
-    kind = next((kind for kind in _WRITERS if any(isinstance(adapter, kind) for _, adapter in found)), None)
+def _files(modules: Modules, found: Found, target: str, task: str | None) -> tuple[Config, dict[str, Tensor]]:
+    kind = next((kind for kind in (IA3, *_VIRTUAL) if any(isinstance(adapter, kind) for _, adapter in found)), None)
     if kind is None:
-        return lora_files(modules, found, target)
+        return lora_files(modules, found, target, task)
     if target != "peft":
         raise AdapterError(f'target={target!r} serves low-rank pairs alone, no {kind.__name__}. Choose target="peft".')
-    return _WRITERS[kind](modules, found)
+    if kind is IA3:
+        return ia3_files(modules, found, task)
+    return _virtual_files(modules, found, kind, task)
+
+
+def _virtual_files(
+    modules: Modules, found: Found, kind: type[Adapter], task: str | None
+) -> tuple[Config, dict[str, Tensor]]:
+    """Virtual tokens, and whole modules that were trained beside them."""
+    own, kept = copies_of(modules, found, set())
+    kept = with_heads(modules, task, kept, ())
+    config, tensors = _VIRTUAL[kind](modules, [each for each in found if not isinstance(each[1], Full)])
+    if own:
+        raise AdapterError(
+            f"{' '.join(map('.'.join, own))}: peft saves whole modules beside {kind.__name__}. Use Full."
+        )
+    config["modules_to_save"] = sorted(kept) or None
+    require_exactly_kept(modules, config, kept)
+    return config, tensors | kept_tensors(Sites([], {}), kept, _BASE)
 
 
 def _writable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -155,7 +184,7 @@ def _writable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def inject(
     model: nn.Module,
-    config: Mapping[str, Any] | Path,
+    config: Any,
     *,
     name: str = "default",
     freeze: bool = True,
@@ -164,7 +193,7 @@ def inject(
 
     Args:
         model: any module; it is changed in place and stays the same object.
-        config: the keys of a `LoraConfig`, or the path of an `adapter_config.json`.
+        config: a `LoraConfig` or its like, its keys, or the path of an `adapter_config.json`.
         name: of the adapter.
         freeze: sets `requires_grad=False` on all that the model holds outside adapters.
 
@@ -182,10 +211,10 @@ def inject(
         >>> peftlib.hf.inject(model, {"r": 2, "lora_alpha": 4, "target_modules": ["0"], "modules_to_save": ["1"]})
         ['0', '1']
     """
-    where = "config" if isinstance(config, Mapping) else os.fspath(config)
-    found = checked(config, where) if isinstance(config, Mapping) else read_config(config)
+    found, where = config_of(config)
     modules = Modules(model)
     parts = _parts(modules, found, None, where)
     if not parts:
         raise AdapterError(f"{where}: target_modules={found['target_modules']!r} matches no module. Correct it.")
-    return install_parts(model, parts, name, where, modules.by_name.values(), freeze=freeze)
+    order = modules.by_name.values()
+    return install_parts(model, parts, name, where, order, shared=shared(modules, found, parts), freeze=freeze)

@@ -13,12 +13,12 @@ from ..kinds._weight_layout import is_transposed_linear
 from ..kinds.full import Full
 from ..kinds.ia3 import IA3
 from .config import Config
-from .lora_read import fresh_copy, kept_parts
+from .lora_read import kept_parts
 from .lora_sites import PREFIX, Sites
 from .modules import Modules
-from .modules_to_save import Found, Tensors, copies_of, kept_tensors, require_exactly_kept
+from .modules_to_save import Found, Tensors, copies_of, kept_tensors, require_exactly_kept, with_heads
 from .refusals import class_of
-from .targets import module_target, modules_kept, modules_named, named_by, one_of
+from .targets import module_target, modules_named, named_by, one_of
 from .tensors import FileTensors
 
 _SUFFIX = "ia3_l"
@@ -30,10 +30,7 @@ def ia3_parts(modules: Modules, config: Config, tensors: FileTensors | None, whe
     sites = _sites(modules, config)
     if config["feedforward_modules"] is None:
         raise AdapterError(f"{where}: feedforward_modules is missing, and there are no defaults here. Name them.")
-    if tensors is None:
-        kept = [fresh_copy(modules, name) for name in modules_kept(modules, config)]
-    else:
-        kept = kept_parts(modules, config, sites, tensors)
+    kept = kept_parts(modules, config, sites, tensors)
     parts = [_part(modules, name, config, tensors) for name in sites.depths]
     if tensors is not None:
         tensors.require_all_taken()
@@ -78,7 +75,7 @@ def _is_feedforward(named: Any, name: str) -> bool:
     return named_by(named)(name) if isinstance(named, str) else name.endswith(tuple(named))
 
 
-def ia3_files(modules: Modules, found: Found) -> tuple[Config, Tensors]:
+def ia3_files(modules: Modules, found: Found, task: str | None = None) -> tuple[Config, Tensors]:
     """The configuration and the tensors by their keys."""
     factors = {modules.name_of[id(host)]: (host, adapter) for host, adapter in found if isinstance(adapter, IA3)}
     other = sorted({type(each).__name__ for _, each in found if not isinstance(each, (IA3, Full))})
@@ -89,6 +86,7 @@ def ia3_files(modules: Modules, found: Found) -> tuple[Config, Tensors]:
     own, kept = copies_of(modules, found, set(factors))
     if own or any(isinstance(each, Full) and each.rows is not None for _, each in found):
         raise AdapterError("peft keeps no learned bias and no rows of weights beside (IA)³. Save them by another name.")
+    kept = with_heads(modules, task, kept, factors)
     config: Config = {
         "peft_type": "IA3", "inference_mode": True, "exclude_modules": None, "modules_to_save": sorted(kept) or None,
         "fan_in_fan_out": any(is_transposed_linear(host) for host, _ in factors.values()),

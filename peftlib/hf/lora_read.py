@@ -18,15 +18,18 @@ from .lora_sites import PREFIX, Site, Sites, scale_of, sites_of
 from .modules import Modules
 from .targets import modules_kept
 from .tensors import FileTensors
+from .ties import input_embedding, tied_to, with_ties
 from .token_rows import token_parts
 
 _MOVES_THE_BASE = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
+NO_BIAS = "lora_bias, where the layer has no bias of its own to hold it. Train it with lora_bias=False."
 _STARTS = {"true": "kaiming", "gaussian": "gaussian", "pissa": "pissa"}
 
 
 def lora_parts(modules: Modules, config: Config, tensors: FileTensors) -> list[Part]:
     """What replaces weights comes first, so that it lies inside and the pairs act on it."""
     _require_known_start(config, tensors.where)
+    config = with_ties(modules, config)
     sites = sites_of(modules, config)
     kept = kept_parts(modules, config, sites, tensors)
     pairs = [part for site in sites.pairs for part in _pair(site, config, tensors)]
@@ -44,29 +47,41 @@ def fresh_lora(modules: Modules, config: Config, where: str) -> list[Part]:
             f"{where}: init_lora_weights={start!r} has no counterpart here (there is one for true, gaussian, pissa). "
             "Change it, or start in peft and load what it saves."
         )
+    config = with_ties(modules, config)
     sites = sites_of(modules, config)
-    whole = modules_kept(modules, config)
-    kept = [fresh_copy(modules, name) for name in whole]
-    biases = [fresh_copy(modules, name, "bias") for name in _with_bias(modules, whole, config, sites)]
+    _require_no_tied_pairs(modules, config, sites, where)
+    kept = kept_parts(modules, config, sites, None)
+    biases = [fresh_copy(modules, name, "bias") for name in _with_bias(modules, config, sites)]
     tokens = token_parts(modules, config, sites, None)
     return [*kept, *biases, *tokens, *(_fresh_pair(site, config) for site in sites.pairs)]
+
+
+def _require_no_tied_pairs(modules: Modules, config: Config, sites: Sites, where: str) -> None:
+    tied = [name for name in tied_to(modules, input_embedding(modules)) if name in sites.depths]
+    if config["ensure_weight_tying"] and tied:
+        raise AdapterError(
+            f"{where}: ensure_weight_tying: a pair of its own for {tied[0]} would not stay equal to the embedding's. "
+            "Leave it to the embedding alone, or use modules_to_save."
+        )
 
 
 def _fresh_pair(site: Site, config: Config) -> Part:
     try:
         if config["use_dora"]:
             magnitude_shape(site.layout, site.host, site.param)
+        if config["lora_bias"] and not _has_bias(site, config):
+            raise AdapterError(NO_BIAS)
         return fresh_part(site, _start(site, config))
     except AdapterError as error:
         raise AdapterError(f"{site.key}: {error}") from None
 
 
-def _with_bias(modules: Modules, whole: list[str], config: Config, sites: Sites) -> Iterator[str]:
+def _with_bias(modules: Modules, config: Config, sites: Sites) -> Iterator[str]:
     """`bias` "lora_only": of the adapted layers; "all": of every layer. `lora_bias` says the first in other words."""
     wanted = config["bias"] if config["bias"] != "none" else "lora_only" if config["lora_bias"] else "none"
     if wanted == "none":
         return
-    inside = tuple(f"{name}." for name in whole)
+    inside = tuple(f"{name}." for name in modules_kept(modules, config))
     for name, module in modules.by_name.items():
         has = module._parameters.get("bias") is not None
         if has and (wanted == "all" or name in sites.depths) and not f"{name}.".startswith(inside):
@@ -112,14 +127,15 @@ def _magnitude(site: Site, tensors: FileTensors) -> Tensor:
     return tensors.take(key, magnitude_shape(site.layout, site.host, site.param))
 
 
+def _has_bias(site: Site, config: Config) -> bool:
+    return not config["use_dora"] and site.param == "weight" and isinstance(getattr(site.host, "bias", None), Tensor)
+
+
 def _bias_of_pair(site: Site, config: Config, tensors: FileTensors) -> Part:
     """peft scales the bias of its B: together with the layer's own, it is a bias."""
-    bias = getattr(site.host, "bias", None)
-    if config["use_dora"] or site.param != "weight" or not isinstance(bias, Tensor):
-        raise AdapterError(
-            f"{tensors.where}: {site.key}: lora_bias, where the layer has no bias of its own to hold it. "
-            "Train it with lora_bias=False."
-        )
+    if not _has_bias(site, config):
+        raise AdapterError(f"{tensors.where}: {site.key}: {NO_BIAS}")
+    bias: Any = site.host.bias
     learned = f"{PREFIX}{site.path}.base_layer.bias"
     own = tensors.take(learned, bias.shape) if learned in tensors.left else bias.detach()
     scale = scale_of(site.alpha, site.rank, config["use_rslora"])
@@ -127,21 +143,30 @@ def _bias_of_pair(site: Site, config: Config, tensors: FileTensors) -> Part:
     return Part(site.host_name, site.host, Full, {"params": ["bias"]}, {"bias": own + scale * extra.to(own)})
 
 
-def kept_parts(modules: Modules, config: Config, sites: Sites, tensors: FileTensors) -> list[Part]:
-    """`modules_to_save`: whole modules."""
-    return [_kept(modules, name, sites, tensors) for name in modules_kept(modules, config)]
+def kept_parts(
+    modules: Modules, config: Config, sites: Sites, tensors: FileTensors | None, prefix: str = PREFIX
+) -> list[Part]:
+    """`modules_to_save`: whole modules, with the file's tensors, or fresh."""
+    names = modules_kept(modules, config)
+    adapted = sorted(each for each in sites.depths if f"{each}.".startswith(tuple(f"{name}." for name in names)))
+    if adapted:
+        raise AdapterError(
+            f"{adapted[0]}: it is adapted and trained whole (modules_to_save) at once, which peft refuses. Name it "
+            "once."
+        )
+    if tensors is None:
+        return [fresh_copy(modules, name) for name in names]
+    return [_kept(modules, name, f"{prefix}{sites.path(name)}", tensors) for name in names]
 
 
-def _kept(modules: Modules, name: str, sites: Sites, tensors: FileTensors) -> Part:
+def _kept(modules: Modules, name: str, stem: str, tensors: FileTensors) -> Part:
     fresh, (*_, inner) = fresh_copy(modules, name), reader_of(modules.model, name, modules.by_name[name])
     aliases = Full(fresh.host, **fresh.config).aliases
     found: dict[str, Tensor] = {}
     for first, names in aliases.items():
         for alias in names:
             leaf = alias.removeprefix(f"{inner}.") if inner else alias
-            found.setdefault(
-                first, _kept_tensor(f"{PREFIX}{sites.path(name)}", leaf, weight_of(fresh.host, first), tensors)
-            )
+            found.setdefault(first, _kept_tensor(stem, leaf, weight_of(fresh.host, first), tensors))
     return fresh._replace(tensors=found)
 
 

@@ -14,17 +14,18 @@ from .lora_layouts import is_linear
 from .lora_pairs import MAGNITUDE, Pair, pairs_of
 from .lora_sites import PREFIX, Sites, sites_of
 from .modules import Modules
-from .modules_to_save import Copies, Found, Own, Tensors, copies_of, kept_tensors, require_exactly_kept
+from .modules_to_save import Copies, Found, Own, Tensors, copies_of, kept_tensors, require_exactly_kept, with_heads
 from .targets import exact_patterns, module_target, parameters_named
 from .token_rows import rows_of, token_config, token_tensors
 
 
-def lora_files(modules: Modules, found: Found, target: str) -> tuple[Config, Tensors]:
+def lora_files(modules: Modules, found: Found, target: str = "peft", task: str | None = None) -> tuple[Config, Tensors]:
     """The configuration and the tensors by their keys."""
     pairs = {pair.at: pair for pair in pairs_of(modules, found)}
     rows = {one[0]: one[1:] for host, each in found if (one := rows_of(modules, host, each))}
     copies = [(host, each) for host, each in found if rows_of(modules, host, each) is None]
     own, kept = copies_of(modules, copies, {pair.module for pair in pairs.values()})
+    kept = with_heads(modules, task, kept, [pair.module for pair in pairs.values()])
     if target != "peft":
         _require_served(target, [*kept, *rows, *map(".".join, own)])
         pairs = served(pairs, target)

@@ -1,6 +1,7 @@
 """Copies of weights (`Full`) as the files of HF peft hold them: whole modules, learned biases, embeddings."""
 
 import itertools
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -10,9 +11,10 @@ from .._core.walk import candidates
 from .._errors import AdapterError
 from ..kinds.full import Full
 from ..kinds.lora import LoRA
-from .config import Config
+from .config import HEADS, Config
 from .lora_sites import PREFIX, Sites
 from .modules import Modules
+from .refusals import class_of
 from .targets import modules_kept
 
 Tensors = dict[str, Tensor]
@@ -83,5 +85,48 @@ def require_exactly_kept(modules: Modules, config: Config, kept: Copies) -> None
         )
 
 
-def kept_tensors(sites: Sites, kept: Copies) -> Tensors:
-    return {f"{PREFIX}{sites.path(at)}.{path}": value for at, copies in kept.items() for path, value in copies.items()}
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+_GENERATES = {"CAUSAL_LM": "prepare_inputs_for_generation",
+              "SEQ_2_SEQ_LM": "_prepare_encoder_decoder_kwargs_for_generation"}  # fmt: skip
+
+
+def task_of(modules: Modules, found: Found, target: str) -> str | None:
+    """As the name of a class of transformers says it, where peft's model for that task can hold these adapters."""
+    name = class_of(modules.model)
+    task = next((task for end, task in _TASKS.items() if name.endswith(end)), None)
+    if task in _GENERATES:
+        return task if hasattr(modules.model, _GENERATES[task]) else None
+    inside = tuple(f"{head}." for head in heads_of(modules, task))
+    adapted = (modules.name_of[id(host)] for host, adapter in found if not isinstance(adapter, Full))
+    return None if target != "peft" or any(f"{each}.".startswith(inside) for each in adapted) else task
+
+
+def heads_of(modules: Modules, task: str | None) -> list[str]:
+    """The modules that peft trains whole for this task."""
+    return modules_kept(modules, {"modules_to_save": HEADS.get(task or "")})
+
+
+def with_heads(modules: Modules, task: str | None, kept: Copies, adapted: Iterable[str]) -> Copies:
+    """peft looks for the head of a classifier in the file: one that was not trained is written as it is."""
+    heads = heads_of(modules, task)
+    inside = [name for name in adapted if f"{name}.".startswith(tuple(f"{head}." for head in heads))]
+    if inside:
+        raise AdapterError(
+            f"{', '.join(inside[:4])}: for task_type={task!r} peft trains this whole, and has no adapter in it. Use "
+            "Full there, or save with another task_type."
+        )
+    own = {name: modules.by_name[name] for name in heads if name not in kept}
+    return kept | {
+        name: {path: weight_of(module, path).detach() for path in _tensor_names(module)} for name, module in own.items()
+    }
+
+
+def kept_tensors(sites: Sites, kept: Copies, prefix: str = PREFIX) -> Tensors:
+    return {f"{prefix}{sites.path(at)}.{path}": value for at, copies in kept.items() for path, value in copies.items()}

@@ -152,7 +152,9 @@ def test_the_head_of_a_classifier_is_no_target_of_all_linear():
             """As transformers says of a model without a head of words."""
 
     config = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
-    assert hf.inject(Classifier(), config) == ["layer"]
+    model = Classifier()
+    assert hf.inject(model, config) == ["layer", "score"]
+    assert [type(part) for _, _, part in peftlib.adapters(model)] == [LoRA, Full]  # for the task, peft trains it whole
     assert hf.inject(Classifier(), {"target_modules": "all-linear"}) == ["layer", "score"]
 
 

@@ -1,0 +1,247 @@
+"""What a configuration of HF peft means beyond its pairs: the task's head, tied weights, rows of tokens, versions."""
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import helpers
+import peft
+import pytest
+import torch
+import transformers
+from ecosystem import feature
+from safetensors.torch import load_file
+from test_hf import assert_same, moved, quiet
+from torch import Tensor
+
+import peftlib
+from peftlib import AdapterError, hf
+
+SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                         "num_attention_heads": 4}  # fmt: skip
+
+
+def seeded(make: Callable[[], Any]) -> Any:
+    torch.manual_seed(0)
+    return make().eval()
+
+
+def llama(tied: bool = False) -> Any:
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=tied)
+    return seeded(lambda: transformers.LlamaForCausalLM(config))
+
+
+def tied() -> Any:
+    return llama(tied=True)
+
+
+def classifier() -> Any:
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2, pad_token_id=0)
+    return seeded(lambda: transformers.LlamaForSequenceClassification(config))
+
+
+def bert(kind: str) -> Callable[[], Any]:
+    make = getattr(transformers, f"BertFor{kind}")
+    return lambda: seeded(lambda: make(transformers.BertConfig(**SIZES)))
+
+
+def tokens() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randint(1, 50, (2, 7))
+
+
+SEEN = int(tokens()[0, 0])
+
+
+def output(model: Any) -> Tensor:
+    found = model(tokens())
+    return torch.cat([found[key].flatten(1) for key in ("logits", "start_logits", "end_logits") if key in found], 1)
+
+
+def lora(**config: Any) -> Any:
+    return peft.LoraConfig(
+        **{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], **config}
+    )
+
+
+def of_task(task: str, *targets: str, **config: Any) -> Any:
+    return lora(task_type=task, target_modules=list(targets), **config)
+
+
+ROWS: dict[str, tuple[Callable[[], Any], Any]] = {
+    "a classifier's head": (bert("SequenceClassification"), of_task("SEQ_CLS", "query", "value")),
+    "a head of another name": (classifier, of_task("SEQ_CLS", "q_proj")),
+    "a head for tokens": (bert("TokenClassification"), of_task("TOKEN_CLS", "query")),
+    "a head for answers": (bert("QuestionAnswering"), of_task("QUESTION_ANS", "query")),
+    "a head that is a target too": (bert("SequenceClassification"), of_task("SEQ_CLS", "query", "classifier")),
+    "a head beside others": (bert("SequenceClassification"), of_task("SEQ_CLS", "key", modules_to_save=["pooler"])),
+    "all that is linear but the head": (classifier, lora(task_type="SEQ_CLS", target_modules="all-linear")),
+    "(IA)³ and a head": (
+        bert("SequenceClassification"),
+        peft.IA3Config(task_type="SEQ_CLS", target_modules=["query"], feedforward_modules=[]),
+    ),
+    "a target that is kept whole": (llama, lora(target_modules=["q_proj", "lm_head"], modules_to_save=["lm_head"])),
+    "rows of tied embeddings": (tied, lora(trainable_token_indices=[1, 3])),
+    "rows named twice": (tied, lora(trainable_token_indices={"lm_head": [1, 3], "embed_tokens": [1, 3]})),
+    "rows that differ": (tied, lora(trainable_token_indices={"lm_head": [1, 3], "embed_tokens": [1, 2]})),
+    "rows of an untied head": (llama, lora(trainable_token_indices={"lm_head": [1, 3], "embed_tokens": [2]})),
+    "rows alone": (llama, peft.TrainableTokensConfig(token_indices=[SEEN, 3], task_type="CAUSAL_LM")),
+    "rows alone, of tied embeddings": (tied, peft.TrainableTokensConfig(token_indices=[1, 3], task_type="CAUSAL_LM")),
+    "rows alone, of both": (
+        llama,
+        peft.TrainableTokensConfig(token_indices=[4], target_modules=["embed_tokens", "lm_head"]),
+    ),
+    "tied rows, ensured": (tied, lora(trainable_token_indices=[1, 3], ensure_weight_tying=True)),
+    "tied weights, ensured": (tied, lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    "tied weights, ensured by the head": (tied, lora(modules_to_save=["lm_head"], ensure_weight_tying=True)),
+    "tied weights, both apart": (tied, lora(modules_to_save=["embed_tokens", "lm_head"])),
+    "a tie where nothing is tied": (llama, lora(modules_to_save=["lm_head"], ensure_weight_tying=True)),
+}
+every_row = pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        pytest.param(*row, id=name, marks=feature("HF peft: modules_to_save", "LoRA", "Full"))
+        for name, row in ROWS.items()
+    ],
+)
+
+
+def saved(make: Callable[[], Any], config: Any, folder: Any) -> Any:
+    """peft's model, moved as training would; its files are in the folder."""
+    with quiet():
+        model = peft.get_peft_model(make(), copy.deepcopy(config))
+        moved(parameter for parameter in model.parameters() if parameter.requires_grad)
+        model.eval().save_pretrained(str(folder))
+    return model
+
+
+def read_by_peft(make: Callable[[], Any], folder: Any) -> Any:
+    with quiet():
+        return peft.PeftModel.from_pretrained(make(), str(folder)).eval()
+
+
+@every_row
+def test_what_peft_saves_means_the_same_here_and_goes_back(make, config, tmp_path):
+    expected, model = output(saved(make, config, tmp_path / "theirs")), make()
+    assert (output(make()) - expected).abs().max() > 1e-3
+    hf.load(model, tmp_path / "theirs")
+    assert_same(output(model), expected)
+    hf.save(model, tmp_path / "ours")
+    assert_same(output(read_by_peft(make, tmp_path / "ours")), expected)
+
+
+@every_row
+def test_a_configuration_trains_what_peft_would_train(make, config, tmp_path):
+    theirs, model = saved(make, config, tmp_path / "theirs"), make()
+    hf.inject(model, copy.deepcopy(config))
+    assert_same(output(model), output(make()))
+    trained = sum(parameter.numel() for parameter in theirs.parameters() if parameter.requires_grad)
+    assert sum(parameter.numel() for parameter in peftlib.parameters(model)) == trained
+    helpers.moved(model)
+    hf.save(model, tmp_path / "ours")
+    assert_same(output(read_by_peft(make, tmp_path / "ours")), output(model))
+
+
+@pytest.mark.parametrize("name", ["rows of tied embeddings", "tied weights, ensured", "rows alone, of tied embeddings"])
+def test_what_is_tied_stays_one_parameter_through_training(name, tmp_path):
+    make, config = ROWS[name]
+    saved(make, config, tmp_path / "theirs")
+    fresh, loaded = make(), make()
+    hf.inject(fresh, copy.deepcopy(config))
+    hf.load(loaded, tmp_path / "theirs")
+    for model in (fresh, loaded):
+        optimizer = torch.optim.SGD(peftlib.parameters(model), lr=0.1)
+        model(tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        full = [part.own.weight for _, _, part in peftlib.adapters(model) if isinstance(part, peftlib.Full)]  # pyright: ignore[reportAttributeAccessIssue]
+        assert len(full) == 2
+        assert full[0] is full[1]
+    theirs = read_by_peft(make, tmp_path / "theirs")
+    for parameter_name, parameter in theirs.named_parameters():
+        kinds = ("lora_", "trainable_tokens_delta", "modules_to_save")
+        parameter.requires_grad_(any(kind in parameter_name for kind in kinds))
+    optimizer = torch.optim.SGD((p for p in theirs.parameters() if p.requires_grad), lr=0.1)
+    theirs(input_ids=tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    assert_same(output(loaded), output(theirs))
+
+
+def test_a_head_that_was_not_trained_is_written_for_the_task(tmp_path):
+    """Without it, peft cannot read the file."""
+    make = bert("SequenceClassification")
+    model = make()
+    peftlib.inject(model, "query", peftlib.LoRA, rank=2)
+    helpers.moved(model)
+    hf.save(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    assert_same(output(read_by_peft(make, tmp_path)), output(model))
+    written = load_file(tmp_path / "adapter_model.safetensors")["base_model.model.classifier.weight"]
+    assert torch.equal(written, make().classifier.weight)
+
+
+def test_a_pair_on_the_head_is_no_whole_head(tmp_path):
+    make = bert("SequenceClassification")
+    model = make()
+    peftlib.inject(model, ["query", "classifier"], peftlib.LoRA, rank=2)
+    helpers.moved(model)
+    with pytest.raises(AdapterError, match="classifier"):
+        hf.save(model, tmp_path, task_type="SEQ_CLS")
+    hf.save(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] is None
+    assert_same(output(read_by_peft(make, tmp_path)), output(model))
+
+
+TASKS: dict[str, Callable[[], Any]] = {
+    "CAUSAL_LM": llama,
+    "SEQ_CLS": bert("SequenceClassification"),
+    "TOKEN_CLS": bert("TokenClassification"),
+    "QUESTION_ANS": bert("QuestionAnswering"),
+}
+
+
+@pytest.mark.parametrize(("task", "make"), TASKS.items(), ids=TASKS)
+def test_the_task_is_what_the_class_of_the_model_says(task, make, tmp_path):
+    model = make()
+    peftlib.inject(model, ["q_proj", "query"][task != "CAUSAL_LM"], peftlib.LoRA, rank=2)
+    hf.save(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == task
+    assert read_by_peft(make, tmp_path).active_peft_config.task_type == task
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
+    "a bias where there is none": (llama, lora(lora_bias=True), "lora_bias"),
+    "a pair that is tied": (tied, lora(target_modules=["embed_tokens"], ensure_weight_tying=True), "lm_head"),
+    "rows of a head with a bias": (
+        bert("TokenClassification"), lora(target_modules=["query"], trainable_token_indices={"classifier": [1]}),
+        "classifier"),
+    "rows and a pair on one layer": (
+        llama, lora(target_modules=["embed_tokens"], trainable_token_indices=[1]), "embed_tokens"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "config", "named"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_meant_here_is_not_dropped_in_silence(make, config, named):
+    model = make()
+    before = helpers.snapshot(model)
+    with pytest.raises(AdapterError, match=named):
+        hf.inject(model, config)
+    assert helpers.changes(before, model) == []
+
+
+def test_a_layer_that_is_adapted_and_kept_whole_is_refused_as_peft_refuses_it():
+    config = lora(target_modules=["classifier"], modules_to_save=["ssifier"], task_type=None)
+    with quiet(), pytest.raises(TypeError):
+        peft.get_peft_model(bert("TokenClassification")(), copy.deepcopy(config))
+    model = bert("TokenClassification")()
+    with pytest.raises(AdapterError, match="classifier"):
+        hf.inject(model, config)
+
+
+def test_a_tied_pair_of_peft_is_read_as_one_for_each_layer(tmp_path):
+    config = lora(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)
+    expected, model = output(saved(tied, config, tmp_path / "theirs")), tied()
+    hf.load(model, tmp_path / "theirs")
+    assert_same(output(model), expected)
+    hf.save(model, tmp_path / "ours")
+    assert_same(output(read_by_peft(tied, tmp_path / "ours")), expected)
