@@ -66,8 +66,9 @@ FILES = {
         "unfreezing",
     ],
     "hf": [
-        "config modules refusals tensors",
+        "config modules refusals",
         "lora_layouts targets",
+        "tensors",
         "lora_sites",
         "modules_to_save ties",
         "token_rows",

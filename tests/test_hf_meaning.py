@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import helpers
 import peft
@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 from ecosystem import feature
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_hf import assert_same, moved, quiet
-from torch import Tensor
+from torch import Tensor, nn
 
 import peftlib
 from peftlib import AdapterError, hf
@@ -245,3 +245,157 @@ def test_a_tied_pair_of_peft_is_read_as_one_for_each_layer(tmp_path):
     assert_same(output(model), expected)
     hf.save(model, tmp_path / "ours")
     assert_same(output(read_by_peft(tied, tmp_path / "ours")), expected)
+
+
+# A stack of experts, whose sides changed places between versions of peft.
+
+
+class Experts(nn.Module):
+    def __init__(self, transposed: bool, name: str, *shape: int) -> None:
+        super().__init__()
+        self.is_transposed, self.name = transposed, name
+        self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ti,eio->to", x, self.get_parameter(self.name))
+
+
+def stack(transposed: bool, name: str, *shape: int) -> Any:
+    return seeded(lambda: nn.ModuleDict({"layer": Experts(transposed, name, *shape)}))
+
+
+def file_of_experts(folder: Any, version: str | None, name: str, A: Tensor, B: Tensor) -> Any:
+    config = {"r": 2, "lora_alpha": 6, "target_modules": [], "target_parameters": [f"layer.{name}"]}
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_version": version}))
+    keys = (f"base_model.model.layer.lora_{letter}.weight" for letter in "AB")
+    save_file(dict(zip(keys, (A, B), strict=True)), folder / "adapter_model.safetensors")
+    return folder
+
+
+# Which of the two sides A is beside, by version and by what the module says: read in the sources of 0.18.1, 0.19.0,
+# 0.19.1 and 0.20.0, and run with them once.
+SIDES = {
+    ("0.18.1", False): "e i o", ("0.18.1", True): "e i o", ("0.19.0", False): "e i o", ("0.19.0", True): "e o i",
+    ("0.19.1", False): "e o i", ("0.19.1", True): "e i o", ("0.21.2", False): "e o i", ("0.21.2", True): "e i o",
+    ("0.20.1.dev0", False): "e o i",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("version", "transposed"), SIDES, ids=str)
+def test_a_square_expert_is_read_as_the_peft_of_its_version_meant_it(version, transposed, tmp_path):
+    A, B = torch.randn(3 * 2, 4), torch.randn(4, 2 * 3)
+    model, base = stack(transposed, "up", 3, 4, 4), stack(transposed, "up", 3, 4, 4)
+    hf.load(model, file_of_experts(tmp_path, version, "up", A, B))
+    as_A, as_B = A.double().view(3, 2, 4), B.double().view(4, 2, 3)
+    expected = base["layer"].up.double() + 3 * torch.einsum(f"o r e, e r i -> {SIDES[version, transposed]}", as_B, as_A)
+    peftlib.merge(model)
+    assert_same(model["layer"].up, expected.float())
+
+
+@pytest.mark.parametrize("version", [None, "0.18.1", "0.19.0", "0.21.2"])
+@pytest.mark.parametrize("beside", [1, 2])
+def test_a_shape_that_has_two_sides_says_itself_which_is_meant(version, beside, tmp_path):
+    shape = (3, 4, 5)
+    A, B = torch.randn(3 * 2, shape[beside]), torch.randn(shape[3 - beside], 2 * 3)
+    model, base = stack(False, "up", *shape), stack(False, "up", *shape)
+    hf.load(model, file_of_experts(tmp_path, version, "up", A, B))
+    as_A, as_B = A.double().view(3, 2, -1), B.double().view(-1, 2, 3)
+    sides = "e i o" if beside == 1 else "e o i"
+    expected = base["layer"].up.double() + 3 * torch.einsum(f"o r e, e r i -> {sides}", as_B, as_A)
+    peftlib.merge(model)
+    assert_same(model["layer"].up, expected.float())
+
+
+UNKNOWN = [(None, "up"), ("", "up"), ("main", "up"), ("0.19.1.dev0", "up"), ("0.19.0", "down_proj")]
+
+
+@pytest.mark.parametrize(("version", "name"), UNKNOWN, ids=str)
+def test_a_square_expert_of_an_unknown_peft_is_refused(version, name, tmp_path):
+    model = stack(False, name, 3, 4, 4)
+    before = helpers.snapshot(model)
+    with pytest.raises(AdapterError, match="square"):
+        hf.load(model, file_of_experts(tmp_path, version, name, torch.ones(6, 4), torch.ones(4, 6)))
+    assert helpers.changes(before, model) == []
+
+
+def test_a_square_expert_that_is_written_here_says_its_version(tmp_path):
+    model = stack(False, "up", 3, 4, 4)
+    peftlib.inject(model, "layer", peftlib.LoRA, param="up", rank=2)
+    helpers.moved(model)
+    hf.save(model, tmp_path)
+    again = stack(False, "up", 3, 4, 4)
+    hf.load(again, tmp_path)
+    theirs = stack(False, "up", 3, 4, 4)
+    with quiet():
+        merged = peft.PeftModel.from_pretrained(theirs, str(tmp_path)).merge_and_unload()
+    for each in (model, again):
+        peftlib.merge(each)
+        assert_same(each["layer"].up, merged["layer"].up)
+
+
+# Starts, and names of yesterday.
+
+LAYERS: dict[str, Callable[[], Any]] = {
+    "linear": lambda: nn.Linear(5, 3),
+    "convolution": lambda: nn.Conv2d(4, 6, 3),
+    "groups": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "embedding": lambda: nn.Embedding(9, 6),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_a_random_start_has_an_effect_before_any_training(make):
+    """As torch draws a layer: uniform in ±1/√(fan in), and normal for an embedding."""
+    model = nn.ModuleDict({"layer": make()})
+    hf.inject(model, {"r": 4, "target_modules": ["layer"], "init_lora_weights": False})
+    ((_, _, part),) = peftlib.adapters(model)
+    bound = part.lora_B[0].numel() ** -0.5  # pyright: ignore
+    assert part.lora_A.count_nonzero() == part.lora_A.numel()  # pyright: ignore
+    assert part.lora_B.count_nonzero() == part.lora_B.numel()  # pyright: ignore
+    if not isinstance(model["layer"], nn.Embedding):
+        assert part.lora_B.abs().max() <= bound  # pyright: ignore
+        assert part.lora_B.abs().max() > bound / 2  # pyright: ignore
+
+
+def test_modules_that_were_renamed_are_found_by_key_mapping(tmp_path):
+    old = seeded(lambda: nn.ModuleDict({"tower": nn.ModuleDict({"proj": nn.Linear(4, 3)})}))
+    new = seeded(lambda: nn.ModuleDict({"vision": nn.ModuleDict({"proj": nn.Linear(4, 3)})}))
+    peftlib.inject(old, "proj", peftlib.LoRA, rank=2)
+    helpers.moved(old)
+    hf.save(old, tmp_path)
+    with pytest.raises(AdapterError, match="missing"):
+        hf.load(new, tmp_path)
+    assert hf.load(new, tmp_path, key_mapping={"^nothing": "x", "^tower": "vision"}) == ["vision.proj"]
+    x = torch.randn(2, 4)
+    assert_same(new["vision"]["proj"](x), old["tower"]["proj"](x))
+
+
+def test_a_mapping_that_makes_two_keys_one_is_refused(tmp_path):
+    model = seeded(lambda: nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}))
+    peftlib.inject(model, nn.Linear, peftlib.LoRA, rank=1)
+    hf.save(model, tmp_path)
+    fresh = seeded(lambda: nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)}))
+    with pytest.raises(AdapterError, match="key_mapping"):
+        hf.load(fresh, tmp_path, key_mapping={"^b": "a"})
+    assert list(peftlib.adapters(fresh)) == []
+
+
+class Renamed(nn.ModuleDict):
+    """As classes of transformers say of checkpoints of another structure; peft follows it."""
+
+    _checkpoint_conversion_mapping: ClassVar = {"^tower": "vision"}
+
+
+def test_what_a_class_says_of_its_old_names_is_followed_as_by_peft(tmp_path):
+    old = seeded(lambda: nn.ModuleDict({"tower": nn.ModuleDict({"proj": nn.Linear(4, 3)})}))
+    make = lambda: seeded(lambda: Renamed({"vision": nn.ModuleDict({"proj": nn.Linear(4, 3)})}))  # noqa: E731
+    peftlib.inject(old, "proj", peftlib.LoRA, rank=2)
+    helpers.moved(old)
+    hf.save(old, tmp_path)
+    model, x = make(), torch.randn(2, 4)
+    hf.load(model, tmp_path)
+    with quiet():
+        theirs = peft.PeftModel.from_pretrained(make(), str(tmp_path))
+    assert_same(model["vision"]["proj"](x), theirs.base_model.model["vision"]["proj"](x))
+    assert_same(model["vision"]["proj"](x), old["tower"]["proj"](x))

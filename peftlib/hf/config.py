@@ -87,6 +87,7 @@ _LORA: dict[str, _Key] = {
         None, _optional(_is_indices, _of(_is_indices)), "a list of tokens, or such lists by name"
     ),
     "ensure_weight_tying": _FLAG,
+    "peft_version": _Key(None, _optional(_is_text), "a version"),
     "init_lora_weights": _Key(True, lambda value: value is None or isinstance(value, (bool, str)), "a way to start"),
 }
 _IA3: dict[str, _Key] = {**_EVERY, "feedforward_modules": _NAMES}

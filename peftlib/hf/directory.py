@@ -1,6 +1,7 @@
 """Directories of HF peft, read and written whole, and its configurations put into a model."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .modules import Modules
 from .modules_to_save import Found, copies_of, kept_tensors, require_exactly_kept, task_of, with_heads
 from .prefix import prefix_files, prefix_parts
 from .prompt import prompt_files, prompt_parts
-from .tensors import FileTensors
+from .tensors import FileTensors, renamed
 from .ties import shared
 from .token_rows import tokens_alone
 
@@ -35,7 +36,9 @@ _VIRTUAL = {Prefix: prefix_files, Prompt: prompt_files}
 _BASE = "base_model."  # of what is trained beside virtual tokens
 
 
-def load(model: nn.Module, directory: Path, name: str = "default") -> list[str]:
+def load(
+    model: nn.Module, directory: Path, name: str = "default", *, key_mapping: Mapping[str, str] | None = None
+) -> list[str]:
     """Puts an adapter that HF peft saved into a model and makes it active; the base is frozen, as by `inject`.
 
     The model computes what peft's does. LoRA (also rank-stabilised, and with patterns, biases, `target_parameters` and
@@ -46,6 +49,9 @@ def load(model: nn.Module, directory: Path, name: str = "default") -> list[str]:
         model: the base, not wrapped by peft.
         directory: with `adapter_config.json` and `adapter_model.safetensors`; pickled weights are not read.
         name: what to call the adapter here.
+        key_mapping: for modules that were renamed since: regular expressions and what to put in their place, tried in
+            turn on each key without "base_model.model."; the first that is found is applied. Default what the class of
+            the model says, as in peft.
 
     Returns:
         list[str]: the qualified names of the hosts, in the model's order.
@@ -73,9 +79,10 @@ def load(model: nn.Module, directory: Path, name: str = "default") -> list[str]:
     if not os.path.exists(path) and os.path.exists(os.path.join(where, "adapter_model.bin")):
         raise AdapterError(f"{where}: adapter_model.bin is a pickle, which could run code. Save it as safetensors.")
     with opened(path) as file:
-        shapes = {key: found["shape"] for key, found in listed(file).items()}
-        tensors = FileTensors(shapes, lambda key: read_tensor(file, key), path)
-        modules = Modules(model)
+        modules, shapes = Modules(model), {key: found["shape"] for key, found in listed(file).items()}
+        names = renamed(shapes, key_mapping or getattr(model, "_checkpoint_conversion_mapping", None) or {}, path)
+        at = {key: shapes[own] for key, own in names.items()}
+        tensors = FileTensors(at, lambda key: read_tensor(file, names[key]), path, names)
         parts = _parts(modules, config, tensors, path)
     return install_parts(model, parts, name, path, modules.by_name.values(), shared=shared(modules, config, parts))
 

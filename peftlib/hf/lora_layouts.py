@@ -1,5 +1,7 @@
 """How HF peft lays out the low-rank pair of each kind of layer, and where it computes something else."""
 
+import math
+import re
 from typing import Any
 
 import torch
@@ -13,6 +15,9 @@ from .refusals import CONVS, class_of, is_module_target, refusal
 
 Shape = tuple[int, ...]
 Pair = tuple[Tensor, Tensor]
+
+_SWAPPED_SINCE = (0, 19, 1)
+_SWAPPED_BY_TRANSFORMERS = ("gate_up_proj", "down_proj")  # by some of version 5, beside an older peft
 
 
 class Layout:
@@ -33,6 +38,11 @@ class Layout:
     def shapes(self, rank: int) -> tuple[Shape, Shape]:
         """Of A and B in the file, for the rank in the file."""
         return (rank, *self.shape[1:]), (self.shape[0], rank, *[1] * (len(self.shape) - 2))
+
+    def drawn(self, rank: int) -> Pair:
+        """A and B in the file where both are random: uniform in ±1/√(fan in), as torch draws the weight of a layer."""
+        A, B = (torch.empty(shape).uniform_(-1, 1) / math.sqrt(math.prod(shape[1:])) for shape in self.shapes(rank))
+        return A, B
 
     def read(self, A: Tensor, B: Tensor) -> Pair:
         return A, B
@@ -62,6 +72,10 @@ class Looked(Layout):
         super().__init__(host, param)
         self.shape = self.shape[::-1]
 
+    def drawn(self, rank: int) -> Pair:
+        A, B = map(torch.randn, self.shapes(rank))
+        return A, B
+
 
 class Grouped(Layout):
     """A convolution in groups: [rank, in, *kernel], which sees every channel, and [out, rank/groups, 1, ...].
@@ -76,6 +90,10 @@ class Grouped(Layout):
     def shapes(self, rank: int) -> tuple[Shape, Shape]:
         out, part, *kernel = self.shape
         return (rank, part * self.groups, *kernel), (out, rank // self.groups, *[1] * len(kernel))
+
+    def drawn(self, rank: int) -> Pair:
+        A, B = super().drawn(rank)
+        return self.write(A[: self.rank_here(rank), : self.shape[1]] * math.sqrt(self.groups), B)
 
     def rank_here(self, rank: int) -> int:
         if rank % self.groups:
@@ -111,7 +129,7 @@ class Grouped(Layout):
 
 
 class OutProjection(Layout):
-    """Of an attention, which peft 0.21 and the versions before it add twice: in its own merge, and in the layer's."""
+    """Of an attention, which peft (0.15 to 0.21 were run) adds twice: in its own merge, and in the layer's."""
 
     times = 2
 
@@ -147,6 +165,26 @@ class StackedAcross(Stacked):
 
     def write(self, A: Tensor, B: Tensor) -> Pair:
         return rearrange(B, "e i r -> (e r) i"), rearrange(A, "e r o -> o (r e)")
+
+
+def stack_in_file(layout: Stacked, host: nn.Module, param: str, rank: int, found: Shape, version: str | None) -> Layout:
+    """The layout of a stack [experts, d1, d2] whose A has the shape `found`, as the peft of this version wrote it.
+
+    A is beside d2 from peft 0.19.1 on, or beside d1 where the module is transposed; before, it was the other way round
+    in 0.19.0, and beside d1 always up to 0.18. The shape tells which, but of squares."""
+    other = (Stacked if isinstance(layout, StackedAcross) else StackedAcross)(host, param)
+    if layout.shapes(rank) != other.shapes(rank):
+        return other if found == other.shapes(rank)[0] else layout
+    parts = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version or "")
+    at = tuple(int(part or 0) for part in parts.groups()) if parts else None
+    if at is not None and at >= _SWAPPED_SINCE and not (at == _SWAPPED_SINCE and "dev" in str(version)):
+        return layout
+    if at is None or at >= _SWAPPED_SINCE or param in _SWAPPED_BY_TRANSFORMERS:
+        raise AdapterError(
+            f"its matrices are square, and peft {version or 'of an unknown version'} may have meant either side by A. "
+            f'If it was 0.19.1 or later, say "peft_version": "0.19.1" in the configuration; else merge it in that peft.'
+        )
+    return other if at[:2] == (0, 19) or not isinstance(layout, StackedAcross) else layout
 
 
 def magnitude_shape(layout: Layout, host: nn.Module, param: str) -> Shape:

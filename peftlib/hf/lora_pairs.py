@@ -62,6 +62,13 @@ def filled_part(site: Site, start: Start, A: Tensor, B: Tensor, magnitude: Tenso
     return part._replace(tensors={prefix + key: value for key, value in found.items()})
 
 
+def random_part(site: Site, start: Start) -> Part:
+    """The same with both factors random, as torch begins them, so that an untrained adapter already has an effect."""
+    if start.dora:
+        raise AdapterError("init_lora_weights=False is for plain LoRA here. Use init_lora_weights=True.")
+    return filled_part(site, start, *site.layout.drawn(site.rank))
+
+
 def _drops(host: nn.Module, param: str, layout: Layout) -> bool:
     return low_rank_branch_of(host, param) is not None and not isinstance(layout, Looked)
 

@@ -12,8 +12,8 @@ from .._core.override import weight_of
 from .._errors import AdapterError
 from ..kinds.full import Full
 from .config import Config
-from .lora_layouts import Looked, is_linear, magnitude_shape
-from .lora_pairs import MAGNITUDE, Start, filled_part, fresh_part
+from .lora_layouts import Looked, Stacked, is_linear, magnitude_shape, stack_in_file
+from .lora_pairs import MAGNITUDE, Start, filled_part, fresh_part, random_part
 from .lora_sites import PREFIX, Site, Sites, scale_of, sites_of
 from .modules import Modules
 from .targets import modules_kept
@@ -23,7 +23,7 @@ from .token_rows import token_parts
 
 _MOVES_THE_BASE = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
 NO_BIAS = "lora_bias, where the layer has no bias of its own to hold it. Train it with lora_bias=False."
-_STARTS = {"true": "kaiming", "gaussian": "gaussian", "pissa": "pissa"}
+_STARTS = {"true": "kaiming", "false": "kaiming", "gaussian": "gaussian", "pissa": "pissa"}
 
 
 def lora_parts(modules: Modules, config: Config, tensors: FileTensors) -> list[Part]:
@@ -44,8 +44,8 @@ def fresh_lora(modules: Modules, config: Config, where: str) -> list[Part]:
     start = str(config["init_lora_weights"]).lower()
     if start not in _STARTS:
         raise AdapterError(
-            f"{where}: init_lora_weights={start!r} has no counterpart here (there is one for true, gaussian, pissa). "
-            "Change it, or start in peft and load what it saves."
+            f"{where}: init_lora_weights={start!r} has no counterpart here (there is one for true, false, gaussian, "
+            "pissa). Change it, or start in peft and load what it saves."
         )
     config = with_ties(modules, config)
     sites = sites_of(modules, config)
@@ -71,6 +71,8 @@ def _fresh_pair(site: Site, config: Config) -> Part:
             magnitude_shape(site.layout, site.host, site.param)
         if config["lora_bias"] and not _has_bias(site, config):
             raise AdapterError(NO_BIAS)
+        if config["init_lora_weights"] is False:
+            return random_part(site, _start(site, config))
         return fresh_part(site, _start(site, config))
     except AdapterError as error:
         raise AdapterError(f"{site.key}: {error}") from None
@@ -107,6 +109,7 @@ def _require_known_start(config: Config, where: str) -> None:
 
 
 def _pair(site: Site, config: Config, tensors: FileTensors) -> Iterator[Part]:
+    site = _as_written(site, config, tensors)
     shapes = site.layout.shapes(site.rank)
     keys = [f"{PREFIX}{site.path}.{name}" for name in site.layout.names]
     A, B = (tensors.take(key, shape) for key, shape in zip(keys, shapes, strict=True))
@@ -119,6 +122,18 @@ def _pair(site: Site, config: Config, tensors: FileTensors) -> Iterator[Part]:
         yield filled_part(site, _start(site, config), A, B, magnitude)
     except AdapterError as error:
         raise AdapterError(f"{tensors.where}: {site.key}: {error}") from None
+
+
+def _as_written(site: Site, config: Config, tensors: FileTensors) -> Site:
+    if not isinstance(site.layout, Stacked):
+        return site
+    found = tuple(tensors.shapes.get(f"{PREFIX}{site.path}.{site.layout.names[0]}", ()))
+    version = config.get("peft_version")
+    try:
+        layout = stack_in_file(site.layout, site.host, site.param, site.rank, found, version)
+    except AdapterError as error:
+        raise AdapterError(f"{tensors.where}: {site.key}: {error}") from None
+    return site._replace(layout=layout)
 
 
 def _magnitude(site: Site, tensors: FileTensors) -> Tensor:

@@ -12,9 +12,9 @@ from .config import Config
 from .lora_layouts import Layout, layout_of
 from .modules import Modules
 from .refusals import class_of
+from .targets import PREFIX as PREFIX
 from .targets import Patterns, modules_named, parameters_named
 
-PREFIX = "base_model.model."
 _INSIDE = ".base_layer"
 
 

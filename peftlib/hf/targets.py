@@ -11,6 +11,7 @@ from ..kinds._weight_layout import is_transposed_linear
 from .config import Config
 from .modules import Modules
 
+PREFIX = "base_model.model."  # before the name of a module, in each key
 ALL_LINEAR = "all-linear"
 NOTHING = "dummy-target-modules"  # peft's own word for a configuration that adapts no module
 _CLASSIFIERS = ("score", "classifier")

@@ -1,12 +1,32 @@
 """The tensors of a foreign file: their shapes at once, their values when asked for, and which are unexplained."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from .._errors import AdapterError
 from ..files.header import some
+from .targets import PREFIX, compiled
+
+
+def renamed(keys: Iterable[str], mapping: Mapping[str, str], where: str) -> dict[str, str]:
+    """The keys of a file under their names of today. Those of prompts, without peft's prefix, have none."""
+    ways = [(compiled(pattern), to) for pattern, to in mapping.items()]
+    names: dict[str, str] = {}
+    for key in keys:
+        prefix = PREFIX if key.startswith(PREFIX) else None
+        now = key if prefix is None else prefix + _renamed(key.removeprefix(prefix), ways)
+        if now in names:
+            raise AdapterError(f"{where}: {names[now]} and {key} are both {now} by key_mapping. Correct it.")
+        names[now] = key
+    return names
+
+
+def _renamed(key: str, ways: list[tuple[re.Pattern[str], str]]) -> str:
+    tried = (pattern.subn(to, key) for pattern, to in ways)
+    return next((now for now, times in tried if times), key)
 
 
 class FileTensors:
