@@ -7,7 +7,9 @@ from .._errors import AdapterError
 from ..hf.lora_pairs import MAGNITUDE
 from ..hf.modules import Modules
 
-A, B, ALPHA = "lora_A.weight", "lora_B.weight", "alpha"
+A: str = "lora_A.weight"
+B: str = "lora_B.weight"
+ALPHA = "alpha"
 METADATA = "lora_adapter_metadata"
 
 Components = Mapping[str, str | None]

@@ -14,7 +14,7 @@ from ..files.container import Path, listed, opened, read_tensor
 from ..files.header import shown, some, strict_json
 from ..files.parts import install_parts
 from ..hf.config import Config, checked, plain
-from ..hf.lora_layouts import Looked, magnitude_shape
+from ..hf.lora_layouts import Looked, Shape, magnitude_shape
 from ..hf.lora_pairs import MAGNITUDE, Start, filled_part
 from ..hf.lora_read import lora_parts
 from ..hf.lora_sites import PREFIX, site_of
@@ -22,7 +22,7 @@ from ..hf.modules import Modules
 from ..hf.tensors import FileTensors
 from .dialects import ALPHA, DIALECTS, METADATA, A, B, Components, Dialect, components_of, dialect_of
 
-_PEFT_EMBEDDING = dict(zip((A, B), Looked.names, strict=True))
+_PEFT_EMBEDDING: dict[str, str] = dict(zip((A, B), Looked.names, strict=True))
 
 Keys = dict[str, str]  # of one module, by what they name
 
@@ -146,7 +146,7 @@ def _part(layout: str, modules: Modules, name: str, keys: Keys, found: Source, a
     site = site_of(modules, name, name, "weight", max(1, rank), alpha)
     if layout == "kohya" and getattr(site.host, "groups", 1) != 1:
         raise AdapterError(f"{name}: kohya ignores the groups of a convolution. Leave this layer out.")
-    shapes = dict(zip((A, B), site.layout.shapes(site.rank), strict=True))
+    shapes: dict[str, Shape] = dict(zip((A, B), site.layout.shapes(site.rank), strict=True))
     if MAGNITUDE in keys:
         shapes[MAGNITUDE] = magnitude_shape(site.layout, site.host, site.param)
     tensors = _tensors(found, {keys[what]: site.host for what in shapes})

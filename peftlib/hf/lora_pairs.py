@@ -1,29 +1,31 @@
 """One low-rank pair, between the layout of a file and an adapter here, both ways."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .._core.inject import Part
-from .._core.override import owner_of
+from .._core.override import owner_of, weight_of
 from .._errors import AdapterError
 from ..kinds._low_rank import low_rank_branch_of
 from ..kinds.dora import DoRA
 from ..kinds.full import Full
 from ..kinds.lora import LoRA
-from .lora_layouts import Layout, Looked, layout_of, magnitude_shape
+from .lora_layouts import Layout, Looked, Shape, layout_of, magnitude_shape
 from .lora_sites import Site, scale_of
 from .modules import Modules
 from .modules_to_save import Found
 from .refusals import is_module_target
 
+_FROM_THE_WEIGHT = ("pissa", "olora")  # peft takes the first values out of the base; here what trains is the change
 MAGNITUDE = "lora_magnitude_vector"
 
 
 class Start(NamedTuple):
-    """What a configuration says of its pairs beside rank and alpha."""
+    """What a configuration says of its pairs beside rank and alpha. `init` is one of LoRA's, or "olora", "orthogonal",
+    "random"."""
 
     stabilized: bool = False
     dora: bool = False
@@ -42,7 +44,7 @@ def fresh_part(site: Site, start: Start, rank: int | None = None) -> Part:
         "alpha": alpha,
         "rank_stabilized": stabilized,
         "dropout": start.dropout if _drops(site.host, site.param, site.layout) else 0.0,
-        "init": start.init,
+        "init": "pissa" if start.init in _FROM_THE_WEIGHT else start.init if start.init == "gaussian" else "kaiming",
         "param": site.param,
     }
     return Part(site.host_name, site.host, DoRA if start.dora else LoRA, keywords)
@@ -55,18 +57,45 @@ def filled_part(site: Site, start: Start, A: Tensor, B: Tensor, magnitude: Tenso
     found = {"lora_A": own_A, "lora_B": own_B}
     if magnitude is not None:
         found["magnitude"] = magnitude.flatten()
-    if start.init == "pissa":
-        fresh = LoRA(site.host, **part.config)
-        found |= {"initial_A": fresh.initial_A, "initial_B": fresh.initial_B}
+    if start.init in _FROM_THE_WEIGHT:
+        found |= dict(zip(("initial_A", "initial_B"), _initial(site, start, part.config), strict=True))
     prefix = "" if site.param == "weight" else f"{site.param}."
     return part._replace(tensors={prefix + key: value for key, value in found.items()})
 
 
-def random_part(site: Site, start: Start) -> Part:
-    """The same with both factors random, as torch begins them, so that an untrained adapter already has an effect."""
+def begun_part(site: Site, start: Start) -> Part:
+    """The adapter as peft begins it: where LoRA here has no such start, with the factors drawn now."""
+    if start.init in ("kaiming", "gaussian", "pissa"):
+        return fresh_part(site, start)
     if start.dora:
-        raise AdapterError("init_lora_weights=False is for plain LoRA here. Use init_lora_weights=True.")
-    return filled_part(site, start, *site.layout.drawn(site.rank))
+        raise AdapterError(f"init_lora_weights={start.init!r} is for plain LoRA here. Use another start.")
+    if start.init == "olora":
+        return filled_part(site, start, *_initial(site, start, fresh_part(site, start).config))
+    drawn = site.layout.drawn(site.rank) if start.init == "random" else _orthogonal(*site.layout.shapes(site.rank))
+    return filled_part(site, start, *drawn)
+
+
+def _initial(site: Site, start: Start, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What the base is taken to hold already: the principal singular vectors of PiSSA (Meng et al. 2024), or the first
+    rows and columns of the QR decomposition of OLoRA (Büyükakyüz 2024), which peft takes without its scale."""
+    if start.init == "pissa":
+        fresh = LoRA(site.host, **config)
+        return fresh.initial_A, fresh.initial_B
+    weight = weight_of(site.host, site.param)
+    if not weight.is_floating_point():
+        raise AdapterError("init_lora_weights='olora' needs the values of the weight. Dequantize it first.")
+    Q, R = torch.linalg.qr(weight.detach().float())
+    return R[: site.rank].contiguous(), Q[:, : site.rank].contiguous()
+
+
+def _orthogonal(shape_A: Shape, shape_B: Shape) -> tuple[Tensor, Tensor]:
+    """A and B in spaces that are orthogonal to each other, so that neither is zero and BA is."""
+    rank, inputs = shape_A
+    if rank % 2:
+        raise AdapterError(f"r={rank}: init_lora_weights='orthogonal' halves the rank. Choose an even one.")
+    Q, _ = torch.linalg.qr(torch.randn(rank, rank))
+    A = Q[0::2].t() @ torch.randn(rank // 2, inputs)
+    return A / 10, torch.randn(shape_B[0], rank // 2) @ Q[1::2] / 10
 
 
 def _drops(host: nn.Module, param: str, layout: Layout) -> bool:

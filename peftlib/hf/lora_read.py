@@ -10,10 +10,11 @@ from .._core.foreign import reader_of
 from .._core.inject import Part
 from .._core.override import weight_of
 from .._errors import AdapterError
+from ..kinds._weight_layout import is_transposed_linear
 from ..kinds.full import Full
 from .config import Config
 from .lora_layouts import Looked, Stacked, is_linear, magnitude_shape, stack_in_file
-from .lora_pairs import MAGNITUDE, Start, filled_part, fresh_part, random_part
+from .lora_pairs import MAGNITUDE, Start, begun_part, filled_part
 from .lora_sites import PREFIX, Site, Sites, scale_of, sites_of
 from .modules import Modules
 from .targets import modules_kept
@@ -21,9 +22,13 @@ from .tensors import FileTensors
 from .ties import input_embedding, tied_to, with_ties
 from .token_rows import token_parts
 
-_MOVES_THE_BASE = ("olora", "corda", "loftq", "lora_ga", "pissa_niter")
+_MOVES_THE_BASE = ("corda", "loftq", "lora_ga", "pissa_niter")
 NO_BIAS = "lora_bias, where the layer has no bias of its own to hold it. Train it with lora_bias=False."
-_STARTS = {"true": "kaiming", "false": "kaiming", "gaussian": "gaussian", "pissa": "pissa"}
+_STARTS = {
+    "true": "kaiming", "false": "random", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora",
+    "orthogonal": "orthogonal",
+}  # fmt: skip
+_FOR_LINEAR = ("pissa", "olora", "orthogonal")
 
 
 def lora_parts(modules: Modules, config: Config, tensors: FileTensors) -> list[Part]:
@@ -44,8 +49,8 @@ def fresh_lora(modules: Modules, config: Config, where: str) -> list[Part]:
     start = str(config["init_lora_weights"]).lower()
     if start not in _STARTS:
         raise AdapterError(
-            f"{where}: init_lora_weights={start!r} has no counterpart here (there is one for true, false, gaussian, "
-            "pissa). Change it, or start in peft and load what it saves."
+            f"{where}: init_lora_weights={start!r} has no counterpart here (there is one for "
+            f"{', '.join(_STARTS)}). Change it, or start in peft and load what it saves."
         )
     config = with_ties(modules, config)
     sites = sites_of(modules, config)
@@ -71,9 +76,7 @@ def _fresh_pair(site: Site, config: Config) -> Part:
             magnitude_shape(site.layout, site.host, site.param)
         if config["lora_bias"] and not _has_bias(site, config):
             raise AdapterError(NO_BIAS)
-        if config["init_lora_weights"] is False:
-            return random_part(site, _start(site, config))
-        return fresh_part(site, _start(site, config))
+        return begun_part(site, _start(site, config))
     except AdapterError as error:
         raise AdapterError(f"{site.key}: {error}") from None
 
@@ -91,11 +94,13 @@ def _with_bias(modules: Modules, config: Config, sites: Sites) -> Iterator[str]:
 
 
 def _start(site: Site, config: Config) -> Start:
-    start = _STARTS.get(str(config["init_lora_weights"]).lower(), "kaiming")
-    if start == "pissa" and isinstance(site.layout, Looked):
+    said = str(config["init_lora_weights"]).lower()
+    start = _STARTS.get(said, "kaiming")
+    if start in _FOR_LINEAR and isinstance(site.layout, Looked):
         start = "kaiming"
-    elif start == "pissa" and (site.param != "weight" or not is_linear(site.layout) or config["use_dora"]):
-        raise AdapterError("init_lora_weights='pissa' is for Linear layers and plain LoRA. Narrow the targets.")
+    plain = site.param == "weight" and is_linear(site.layout) and not config["use_dora"]
+    if start in _FOR_LINEAR and (not plain or (start == "olora" and is_transposed_linear(site.host))):
+        raise AdapterError(f"init_lora_weights={said!r} is for Linear layers and plain LoRA. Narrow the targets.")
     return Start(config["use_rslora"], config["use_dora"], config["lora_dropout"], start)
 
 

@@ -55,7 +55,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "other modules": ({"target_modules": ["head"]}, ("base_model.model.head.lora_A.weight", "missing")),
     "no module": ({"target_modules": ["nowhere"]}, ("base_model.model.layer.lora_A.weight",)),
     "patterns that are no dict": ({"rank_pattern": [1]}, ("rank_pattern is [1]",)),
-    "a moved base": ({"init_lora_weights": "olora"}, ("init_lora_weights='olora'",)),
+    "a moved base": ({"init_lora_weights": "corda"}, ("init_lora_weights='corda'",)),
     "a random base": ({"init_lora_weights": "pissa_niter_4"}, ("init_lora_weights='pissa_niter_4'",)),
     "tokens of another module": ({"trainable_token_indices": {"nowhere": [1]}}, ("nowhere",)),
     "tokens of a linear": ({"trainable_token_indices": {"head": [1]}}, ("head", "trainable_token_indices")),
@@ -114,8 +114,8 @@ FRESH: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
         lambda: around(lambda: nn.Linear(5, 3)), {"target_modules": ["nowhere"]},
         ("config", "target_modules=['nowhere']")),
     "an unknown start": (
-        lambda: around(lambda: nn.Linear(5, 3)), {"target_modules": ["layer"], "init_lora_weights": "orthogonal"},
-        ("config", "init_lora_weights='orthogonal'")),
+        lambda: around(lambda: nn.Linear(5, 3)), {"target_modules": ["layer"], "init_lora_weights": "eva"},
+        ("config", "init_lora_weights='eva'")),
     "pissa on a convolution": (
         lambda: around(lambda: nn.Conv1d(4, 6, 3)), {"target_modules": ["layer"], "init_lora_weights": "pissa"},
         ("layer", "init_lora_weights='pissa'", "Linear")),

@@ -5,18 +5,18 @@ import json
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import helpers
 import peft
 import pytest
 import torch
 import transformers
-from ecosystem import feature
 from safetensors.torch import load_file, save_file
 from test_hf import assert_same, moved, quiet
 from torch import Tensor, nn
 
 import peftlib
 from peftlib import AdapterError, hf
+from support import helpers
+from support.ecosystem import feature
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                          "num_attention_heads": 4}  # fmt: skip
@@ -49,6 +49,10 @@ def bert(kind: str) -> Callable[[], Any]:
 def tokens() -> Tensor:
     torch.manual_seed(1)
     return torch.randint(1, 50, (2, 7))
+
+
+def parts(model: Any) -> list[Any]:
+    return [part for _, _, part in peftlib.adapters(model)]
 
 
 SEEN = int(tokens()[0, 0])
@@ -154,7 +158,7 @@ def test_what_is_tied_stays_one_parameter_through_training(name, tmp_path):
         optimizer = torch.optim.SGD(peftlib.parameters(model), lr=0.1)
         model(tokens(), labels=tokens()).loss.backward()
         optimizer.step()
-        full = [part.own.weight for _, _, part in peftlib.adapters(model) if isinstance(part, peftlib.Full)]  # pyright: ignore[reportAttributeAccessIssue]
+        full = [part.own.weight for part in parts(model) if isinstance(part, peftlib.Full)]
         assert len(full) == 2
         assert full[0] is full[1]
     theirs = read_by_peft(make, tmp_path / "theirs")
@@ -347,15 +351,38 @@ LAYERS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_a_random_start_has_an_effect_before_any_training(make):
     """As torch draws a layer: uniform in ±1/√(fan in), and normal for an embedding."""
-    model = nn.ModuleDict({"layer": make()})
+    model: Any = nn.ModuleDict({"layer": make()})
     hf.inject(model, {"r": 4, "target_modules": ["layer"], "init_lora_weights": False})
-    ((_, _, part),) = peftlib.adapters(model)
-    bound = part.lora_B[0].numel() ** -0.5  # pyright: ignore
-    assert part.lora_A.count_nonzero() == part.lora_A.numel()  # pyright: ignore
-    assert part.lora_B.count_nonzero() == part.lora_B.numel()  # pyright: ignore
+    (part,) = parts(model)
+    bound = part.lora_B[0].numel() ** -0.5
+    assert part.lora_A.count_nonzero() == part.lora_A.numel()
+    assert part.lora_B.count_nonzero() == part.lora_B.numel()
     if not isinstance(model["layer"], nn.Embedding):
-        assert part.lora_B.abs().max() <= bound  # pyright: ignore
-        assert part.lora_B.abs().max() > bound / 2  # pyright: ignore
+        assert part.lora_B.abs().max() <= bound
+        assert part.lora_B.abs().max() > bound / 2
+
+
+@pytest.mark.parametrize("start", ["olora", "orthogonal"])
+def test_a_start_in_which_neither_factor_is_zero_changes_nothing_yet(start):
+    model: Any = nn.ModuleDict({"layer": nn.Linear(6, 5)})
+    x = torch.randn(3, 6)
+    base = model["layer"](x)
+    hf.inject(model, {"r": 4, "lora_alpha": 12, "target_modules": ["layer"], "init_lora_weights": start})
+    (part,) = parts(model)
+    assert_same(model["layer"](x), base)
+    for factor in (part.lora_A, part.lora_B):
+        assert torch.linalg.matrix_rank(factor) == (4 if start == "olora" else 2)
+    if start == "olora":
+        product = part.lora_B @ part.lora_A
+        Q, R = torch.linalg.qr(model["layer"].weight.detach().double())
+        assert_same(product, (Q[:, :4] @ R[:4]).float())
+
+
+def test_a_start_that_halves_the_rank_refuses_an_odd_one():
+    model = nn.ModuleDict({"layer": nn.Linear(6, 5)})
+    with pytest.raises(AdapterError, match="r=3"):
+        hf.inject(model, {"r": 3, "target_modules": ["layer"], "init_lora_weights": "orthogonal"})
+    assert list(peftlib.adapters(model)) == []
 
 
 def test_modules_that_were_renamed_are_found_by_key_mapping(tmp_path):
@@ -389,7 +416,10 @@ class Renamed(nn.ModuleDict):
 
 def test_what_a_class_says_of_its_old_names_is_followed_as_by_peft(tmp_path):
     old = seeded(lambda: nn.ModuleDict({"tower": nn.ModuleDict({"proj": nn.Linear(4, 3)})}))
-    make = lambda: seeded(lambda: Renamed({"vision": nn.ModuleDict({"proj": nn.Linear(4, 3)})}))  # noqa: E731
+
+    def make() -> Any:
+        return seeded(lambda: Renamed({"vision": nn.ModuleDict({"proj": nn.Linear(4, 3)})}))
+
     peftlib.inject(old, "proj", peftlib.LoRA, rank=2)
     helpers.moved(old)
     hf.save(old, tmp_path)
