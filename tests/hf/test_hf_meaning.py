@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import peftlib
 from peftlib import AdapterError, hf
 from support import helpers
-from support.ecosystem import feature
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                          "num_attention_heads": 4}  # fmt: skip
@@ -102,13 +101,7 @@ ROWS: dict[str, tuple[Callable[[], Any], Any]] = {
     "tied weights, both apart": (tied, lora(modules_to_save=["embed_tokens", "lm_head"])),
     "a tie where nothing is tied": (llama, lora(modules_to_save=["lm_head"], ensure_weight_tying=True)),
 }
-every_row = pytest.mark.parametrize(
-    ("make", "config"),
-    [
-        pytest.param(*row, id=name, marks=feature("HF peft: modules_to_save", "LoRA", "Full"))
-        for name, row in ROWS.items()
-    ],
-)
+every_row = pytest.mark.parametrize(("make", "config"), ROWS.values(), ids=ROWS)
 
 
 def saved(make: Callable[[], Any], config: Any, folder: Any) -> Any:

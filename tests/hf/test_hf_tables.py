@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 import peftlib
 from peftlib import AdapterError, hf
 from support import helpers
-from support.ecosystem import feature
 
 
 class Around(nn.Module):
@@ -146,7 +145,6 @@ def read_by_peft(model: Model, folder: Any) -> Any:
         return peft.PeftModel.from_pretrained(model.seeded(), str(folder)).eval()
 
 
-@feature("HF peft: patterns of ranks, alphas, names", "LoRA", "DoRA", "IA3", "Full")
 @pytest.mark.parametrize(("model", "keys", "kind"), [*(row for row in LORA if row not in REFUSED), *IA3])
 def test_what_peft_tries_computes_the_same_through_files_and_through_inject(model, keys, kind, tmp_path):
     with quiet():
