@@ -66,7 +66,7 @@ FILES = {
         "unfreezing",
     ],
     "hf": [
-        "config modules refusals",
+        "config lora_bias modules refusals",
         "lora_layouts targets",
         "tensors",
         "lora_sites",

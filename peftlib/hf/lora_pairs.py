@@ -13,6 +13,7 @@ from ..kinds._low_rank import low_rank_branch_of
 from ..kinds.dora import DoRA
 from ..kinds.full import Full
 from ..kinds.lora import LoRA
+from .lora_bias import OutputBias
 from .lora_layouts import Layout, Looked, Shape, layout_of, magnitude_shape
 from .lora_sites import Site, scale_of
 from .modules import Modules
@@ -130,11 +131,11 @@ class Pair(NamedTuple):
 
 
 def pairs_of(modules: Modules, found: Found) -> Iterator[Pair]:
-    """The pairs among these adapters; what is neither a pair nor a copy of weights is refused."""
+    """The pairs among these adapters; what is neither a pair nor a copy of weights nor a bias is refused."""
     for host, adapter in found:
         if isinstance(adapter, LoRA) and type(adapter) in (LoRA, DoRA):
             yield _pair_of(modules, host, adapter)
-        elif type(adapter) is not Full:
+        elif type(adapter) not in (Full, OutputBias):
             raise AdapterError(
                 f"{modules.name_of[id(host)] or 'the root'}: a file of LoRA has no place for {type(adapter).__name__}. "
                 "Save it under a name of its own, or with peftlib.save."

@@ -13,6 +13,7 @@ from .._errors import AdapterError
 from ..kinds._weight_layout import is_transposed_linear
 from ..kinds.full import Full
 from .config import Config
+from .lora_bias import SUFFIX, OutputBias
 from .lora_layouts import Looked, Stacked, is_linear, magnitude_shape, stack_in_file
 from .lora_pairs import MAGNITUDE, Start, begun_part, filled_part
 from .lora_sites import PREFIX, Site, Sites, scale_of, sites_of
@@ -23,7 +24,6 @@ from .ties import input_embedding, tied_to, with_ties
 from .token_rows import token_parts
 
 _MOVES_THE_BASE = ("corda", "loftq", "lora_ga", "pissa_niter")
-NO_BIAS = "lora_bias, where the layer has no bias of its own to hold it. Train it with lora_bias=False."
 _STARTS = {
     "true": "kaiming", "false": "random", "gaussian": "gaussian", "pissa": "pissa", "olora": "olora",
     "orthogonal": "orthogonal",
@@ -58,7 +58,8 @@ def fresh_lora(modules: Modules, config: Config, where: str) -> list[Part]:
     kept = kept_parts(modules, config, sites, None)
     biases = [fresh_copy(modules, name, "bias") for name in _with_bias(modules, config, sites)]
     tokens = token_parts(modules, config, sites, None)
-    return [*kept, *biases, *tokens, *(_fresh_pair(site, config) for site in sites.pairs)]
+    pairs = [part for site in sites.pairs for part in _fresh_pair(site, config)]
+    return [*kept, *biases, *tokens, *pairs]
 
 
 def _require_no_tied_pairs(modules: Modules, config: Config, sites: Sites, where: str) -> None:
@@ -70,13 +71,13 @@ def _require_no_tied_pairs(modules: Modules, config: Config, sites: Sites, where
         )
 
 
-def _fresh_pair(site: Site, config: Config) -> Part:
+def _fresh_pair(site: Site, config: Config) -> Iterator[Part]:
     try:
         if config["use_dora"]:
             magnitude_shape(site.layout, site.host, site.param)
         if config["lora_bias"] and not _has_bias(site, config):
-            raise AdapterError(NO_BIAS)
-        return begun_part(site, _start(site, config))
+            yield _output_bias(site)
+        yield begun_part(site, _start(site, config))
     except AdapterError as error:
         raise AdapterError(f"{site.key}: {error}") from None
 
@@ -148,19 +149,30 @@ def _magnitude(site: Site, tensors: FileTensors) -> Tensor:
 
 
 def _has_bias(site: Site, config: Config) -> bool:
-    return not config["use_dora"] and site.param == "weight" and isinstance(getattr(site.host, "bias", None), Tensor)
+    if config["use_dora"] or site.param != "weight" or isinstance(site.layout, Looked):
+        raise AdapterError("lora_bias is for plain LoRA on Linear and convolutions. Use lora_bias=False.")
+    return isinstance(getattr(site.host, "bias", None), Tensor)
+
+
+def _output_bias(site: Site) -> Part:
+    return Part(site.host_name, site.host, OutputBias, {})
 
 
 def _bias_of_pair(site: Site, config: Config, tensors: FileTensors) -> Part:
     """peft scales the bias of its B: together with the layer's own, it is a bias."""
-    if not _has_bias(site, config):
-        raise AdapterError(f"{tensors.where}: {site.key}: {NO_BIAS}")
+    try:
+        has_bias = _has_bias(site, config)
+    except AdapterError as error:
+        raise AdapterError(f"{tensors.where}: {site.key}: {error}") from None
+    _, (out, *_) = site.layout.shapes(site.rank)
+    extra = tensors.take(f"{PREFIX}{site.path}.{SUFFIX}", (out,))
+    extra = scale_of(site.alpha, site.rank, config["use_rslora"]) * extra
+    if not has_bias:
+        return _output_bias(site)._replace(tensors={"bias": extra})
     bias: Any = site.host.bias
     learned = f"{PREFIX}{site.path}.base_layer.bias"
     own = tensors.take(learned, bias.shape) if learned in tensors.left else bias.detach()
-    scale = scale_of(site.alpha, site.rank, config["use_rslora"])
-    extra = tensors.take(f"{PREFIX}{site.path}.lora_B.bias", bias.shape)
-    return Part(site.host_name, site.host, Full, {"params": ["bias"]}, {"bias": own + scale * extra.to(own)})
+    return Part(site.host_name, site.host, Full, {"params": ["bias"]}, {"bias": own + extra.to(own)})
 
 
 def kept_parts(

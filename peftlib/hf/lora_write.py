@@ -10,6 +10,7 @@ from .._core.override import weight_of
 from .._errors import AdapterError
 from ..kinds._weight_layout import is_transposed_linear
 from .config import Config, plain
+from .lora_bias import SUFFIX, OutputBias
 from .lora_layouts import is_linear
 from .lora_pairs import MAGNITUDE, Pair, pairs_of
 from .lora_sites import PREFIX, Sites, sites_of
@@ -26,13 +27,15 @@ def lora_files(modules: Modules, found: Found, target: str = "peft", task: str |
     copies = [(host, each) for host, each in found if rows_of(modules, host, each) is None]
     own, kept = copies_of(modules, copies, {pair.module for pair in pairs.values()})
     kept = with_heads(modules, task, kept, [pair.module for pair in pairs.values()])
+    biases = _learned_biases(modules, found)
     if target != "peft":
-        _require_served(target, [*kept, *rows, *map(".".join, own)])
+        _require_served(target, [*kept, *rows, *biases, *map(".".join, own)])
         pairs = served(pairs, target)
     config = _config(modules, list(pairs.values()), kept) | {"trainable_token_indices": token_config(modules, rows)}
     sites = sites_of(modules, config)
     tensors = _pair_tensors(sites, pairs) | _own_tensors(sites, own) | kept_tensors(sites, kept)
-    return {**config, "bias": _bias(own, sites)}, tensors | token_tensors(sites, rows, config)
+    tensors |= _bias_tensors(sites, pairs, biases) | token_tensors(sites, rows, config)
+    return {**config, "bias": _bias(own, sites), "lora_bias": bool(biases)}, tensors
 
 
 def _config(modules: Modules, pairs: list[Pair], kept: Copies) -> Config:
@@ -40,7 +43,6 @@ def _config(modules: Modules, pairs: list[Pair], kept: Copies) -> Config:
         "peft_type": "LORA",
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_bias": False,
         "exclude_modules": None,
         "modules_to_save": sorted(kept) or None,
         **described(pairs),
@@ -72,6 +74,28 @@ def _zeros(site: Any) -> Iterator[Tensor]:
     """peft adapts both halves of an attention: the other one gets a pair of zeros."""
     weight = weight_of(site.host, site.param)
     return (weight.new_zeros(shape) for shape in site.layout.shapes(site.rank))
+
+
+def _learned_biases(modules: Modules, found: Found) -> dict[str, Tensor]:
+    return {modules.name_of[id(host)]: one.bias.detach() for host, one in found if isinstance(one, OutputBias)}
+
+
+def _bias_tensors(sites: Sites, pairs: dict[tuple[str, str], Pair], biases: dict[str, Tensor]) -> Tensors:
+    """peft scales the bias of B, and has one for every pair or for none."""
+    if not biases:
+        return {}
+    alone = sorted(biases.keys() - {pair.module for pair in pairs.values()})
+    other = [p.key for p in pairs.values() if p.magnitude is not None or p.param != "weight" or not p.by_module]
+    if alone or other:
+        raise AdapterError(
+            f"{(alone or other)[0]}: peft has lora_bias beside plain LoRA on modules alone. Save it under another name."
+        )
+    tensors: Tensors = {}
+    for site in sites.pairs:
+        pair = pairs[site.host_name, site.param]
+        none = pair.B.new_zeros(len(pair.B))
+        tensors[f"{PREFIX}{site.path}.{SUFFIX}"] = biases.get(pair.module, none) / pair.scale
+    return tensors
 
 
 def _own_tensors(sites: Sites, own: Own) -> Tensors:

@@ -99,6 +99,12 @@ ROWS: dict[str, tuple[Callable[[], Any], Any]] = {
     "tied weights, ensured": (tied, lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
     "tied weights, ensured by the head": (tied, lora(modules_to_save=["lm_head"], ensure_weight_tying=True)),
     "tied weights, both apart": (tied, lora(modules_to_save=["embed_tokens", "lm_head"])),
+    "biases where there are none": (llama, lora(lora_bias=True)),
+    "biases, scaled by the root": (llama, lora(lora_bias=True, use_rslora=True)),
+    "biases, some of the layers' own": (
+        bert("SequenceClassification"),
+        lora(task_type="SEQ_CLS", target_modules=["query"], lora_bias=True),
+    ),
     "a tie where nothing is tied": (llama, lora(modules_to_save=["lm_head"], ensure_weight_tying=True)),
 }
 every_row = pytest.mark.parametrize(("make", "config"), ROWS.values(), ids=ROWS)
@@ -207,7 +213,6 @@ def test_the_task_is_what_the_class_of_the_model_says(task, make, tmp_path):
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], Any, str]] = {
-    "a bias where there is none": (llama, lora(lora_bias=True), "lora_bias"),
     "a pair that is tied": (tied, lora(target_modules=["embed_tokens"], ensure_weight_tying=True), "lm_head"),
     "rows of a head with a bias": (
         bert("TokenClassification"), lora(target_modules=["query"], trainable_token_indices={"classifier": [1]}),
@@ -224,6 +229,21 @@ def test_what_cannot_be_meant_here_is_not_dropped_in_silence(make, config, named
     with pytest.raises(AdapterError, match=named):
         hf.inject(model, config)
     assert helpers.changes(before, model) == []
+
+
+def test_a_bias_of_its_own_has_no_weight_to_be_merged_into(tmp_path):
+    """In peft too. What is saved here comes back."""
+    config = lora(lora_bias=True)
+    with quiet(), pytest.raises(RuntimeError):
+        peft.get_peft_model(llama(), copy.deepcopy(config)).merge_and_unload()
+    model, again = llama(), llama()
+    hf.inject(model, config)
+    helpers.moved(model)
+    with pytest.raises(AdapterError, match="OutputBias"):
+        peftlib.merge(model)
+    peftlib.save(model, tmp_path / "adapter.safetensors")
+    peftlib.load(again, tmp_path / "adapter.safetensors")
+    assert torch.equal(output(again), output(model))
 
 
 def test_a_layer_that_is_adapted_and_kept_whole_is_refused_as_peft_refuses_it():

@@ -188,11 +188,11 @@ def test_prefixes_of_a_model_of_another_size(change, tmp_path):
     refused(lambda model: hf.load(model, folder), around(Numbered), names)
 
 
-def test_a_learned_bias_needs_a_bias_to_be_held_by(saved):
+def test_a_learned_bias_beside_dora(saved):
     path = saved / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_bias": True}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_bias": True, "use_dora": True}))
     names = ("layer", "lora_bias", "lora_bias=False")
-    refused(lambda model: hf.load(model, saved), around(lambda: nn.Linear(5, 3, bias=False)), names)
+    refused(lambda model: hf.load(model, saved), around(lambda: nn.Linear(5, 3)), names)
 
 
 def test_a_copy_that_is_there_twice_and_differs(tmp_path):
