@@ -264,6 +264,23 @@ def test_a_tied_pair_of_peft_is_read_as_one_for_each_layer(tmp_path):
     assert_same(output(read_by_peft(tied, tmp_path / "ours")), expected)
 
 
+PROMPTS: dict[str, Any] = {
+    "prompt tuning": peft.PromptTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=4),
+    "p-tuning": peft.PromptEncoderConfig(task_type="TOKEN_CLS", num_virtual_tokens=4, encoder_hidden_size=8),
+}
+
+
+@pytest.mark.parametrize("config", PROMPTS.values(), ids=PROMPTS)
+def test_a_prompt_has_the_head_of_its_task_beside_it(config, tmp_path):
+    """peft gives the outputs at the prompt too."""
+    make = bert("TokenClassification")
+    expected, model = saved(make, config, tmp_path / "theirs")(tokens()).logits[:, 4:], make()
+    assert hf.load(model, tmp_path / "theirs") == ["", "classifier"]
+    assert_same(model(tokens()).logits, expected)
+    hf.save(model, tmp_path / "ours")
+    assert_same(read_by_peft(make, tmp_path / "ours")(tokens()).logits[:, 4:], expected)
+
+
 # A stack of experts, whose sides changed places between versions of peft.
 
 
