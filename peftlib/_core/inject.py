@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from .._errors import AdapterError
 from .adapter import Adapter, full_config
 from .clone import clone
-from .foreign import fast_paths_around, present, reader_of
+from .foreign import fast_paths_around, present
 from .freeze import freeze_base, statistics_held
 from .host import (
     Adapters,
@@ -20,6 +20,7 @@ from .host import (
     is_host,
     put,
 )
+from .readers import Readers
 from .targets import Targets, select
 from .walk import adapters, candidates, hosts, require_no_views, require_one_copy, require_unmerged, share_selection
 
@@ -116,14 +117,17 @@ def parts_to_inject(
     model: nn.Module, targets: Targets, kind: type[Adapter], exclude: Targets, config: dict[str, Any]
 ) -> list[Part]:
     require_kind(kind)
-    hits = {id(module): module for _, module in select(candidates(model, aliases=True), targets, exclude)}
+    named = candidates(model, aliases=True)
+    hits = {id(module): module for _, module in select(named, targets, exclude)}
     first_named = [(name, module) for name, module in candidates(model) if id(module) in hits]
-    return list(_parts(model, first_named, kind, config))
+    return list(_parts(model, first_named, Readers(named), kind, config))
 
 
-def _parts(model: nn.Module, hits: list[tuple[str, nn.Module]], kind: type[Adapter], config: Any) -> Iterator[Part]:
+def _parts(
+    model: nn.Module, hits: list[tuple[str, nn.Module]], readers: Readers, kind: type[Adapter], config: Any
+) -> Iterator[Part]:
     for name, module in hits:
-        host_name, host, inner = reader_of(model, name, module)
+        host_name, host, inner = readers.site(name, module)
         require_adaptable(host_name, host)
         try:
             kind.require_place(model, host_name, host)

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from .override import weight_of
+from .override import owner_of, weight_of
 
 
 def wraps_others(tensor: Tensor) -> bool:
@@ -28,9 +28,10 @@ Shape = tuple[int, ...]
 
 def weight_shape(host: nn.Module, path: str) -> Shape:
     """The shape that the weight stands for: a packed quantized weight has another one of its own."""
-    weight: Tensor = weight_of(host, path)
-    if isinstance(host, nn.Linear) and path == "weight":
-        return (host.out_features, host.in_features)
+    owner, leaf = owner_of(host, path)
+    weight: Tensor = getattr(owner, leaf)
+    if isinstance(owner, nn.Linear) and leaf == "weight":
+        return (owner.out_features, owner.in_features)
     return tuple(weight.shape)
 
 

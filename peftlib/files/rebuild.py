@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .._core.adapter import KINDS, Adapter
-from .._core.foreign import device_of, reader_of
+from .._core.foreign import device_of
 from .._core.inject import Part, Placed, build, require_adaptable
+from .._core.readers import Readers
 from .._core.walk import candidates
 from .._errors import AdapterError
 from .container import Path
@@ -33,7 +34,7 @@ _REFUSALS = (
 
 
 def rebuilt(model: nn.Module, header: Header, name: str, path: Path) -> Iterator[Placed]:
-    by_name = dict(candidates(model))
+    by_name, readers = dict(candidates(model)), Readers(candidates(model, aliases=True))
     absent = [host_name for host_name in header["hosts"] if host_name not in by_name]
     if absent:
         raise AdapterError(
@@ -42,7 +43,7 @@ def rebuilt(model: nn.Module, header: Header, name: str, path: Path) -> Iterator
         )
     size = os.path.getsize(path)
     for host_name, positions in header["hosts"].items():
-        _require_called(model, host_name, by_name[host_name], os.fspath(path))
+        _require_called(readers, host_name, by_name[host_name], os.fspath(path))
         for one in (header["configs"][at] for at in positions):
             kind, where = _kind(one["kind"], os.fspath(path)), f"{os.fspath(path)}: {host_name or 'the root'}"
             try:
@@ -65,11 +66,10 @@ def _kind(name: str, path: str) -> type[Adapter]:
     return KINDS[name]
 
 
-def _require_called(model: nn.Module, host_name: str, host: nn.Module, path: str) -> None:
+def _require_called(readers: Readers, host_name: str, host: nn.Module, path: str) -> None:
     """As at inject: a child whose weights its parent reads is no host."""
     require_adaptable(host_name, host)
-    *_, inner = reader_of(model, host_name, host)
-    if inner:
+    if readers.site(host_name, host).inner:
         raise AdapterError(
             f"{path}: {host_name} is read by its parent without being called, so an adapter there would never run. "
             "Save it again from its model."

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._core.foreign import reader_of
 from .._core.inject import Part
 from .._errors import AdapterError
 from ..kinds._low_rank import low_rank_branch_of
@@ -43,7 +42,7 @@ def _sites(modules: Modules, config: Config) -> Sites:
 
 def _part(modules: Modules, name: str, config: Config, tensors: FileTensors | None) -> Part:
     host = modules.by_name[name]
-    _require_same(modules.model, name, host)
+    _require_same(modules, name, host)
     on = "input" if _is_feedforward(config["feedforward_modules"], name) else "output"
     found = None
     if tensors is not None:
@@ -51,10 +50,9 @@ def _part(modules: Modules, name: str, config: Config, tensors: FileTensors | No
     return Part(name, host, IA3, {"on": on}, found)
 
 
-def _require_same(model: nn.Module, name: str, host: nn.Module) -> None:
-    *_, inner = reader_of(model, name, host)
+def _require_same(modules: Modules, name: str, host: nn.Module) -> None:
     reason = None
-    if inner:
+    if modules.place(name).inner:
         reason = "its parent reads it without calling it, so the factor never acts"
     elif not isinstance(host, _HOSTS) and not is_transposed_linear(host):
         reason = f"peft has no (IA)³ for {class_of(host)}"
@@ -82,7 +80,7 @@ def ia3_files(modules: Modules, found: Found, task: str | None = None) -> tuple[
     if other:
         raise AdapterError(f"{', '.join(other)} beside IA3 has no place in peft's file. Save it by a name of its own.")
     for name, (host, _) in factors.items():
-        _require_same(modules.model, name, host)
+        _require_same(modules, name, host)
     own, kept = copies_of(modules, found, set(factors))
     if own or any(isinstance(each, Full) and each.rows is not None for _, each in found):
         raise AdapterError("peft keeps no learned bias and no rows of weights beside (IA)³. Save them by another name.")

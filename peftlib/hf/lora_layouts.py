@@ -29,9 +29,9 @@ class Layout:
 
     def __init__(self, host: nn.Module, param: str) -> None:
         self.shape: Any = tuple(weight_of(host, param).shape)
-        if is_transposed_linear(host):
-            self.shape = self.shape[::-1]
         owner, leaf = owner_of(host, param)
+        if is_transposed_linear(owner):
+            self.shape = self.shape[::-1]
         if isinstance(owner, nn.Linear) and leaf == "weight":  # a packed weight has another shape of its own
             self.shape = (owner.out_features, owner.in_features)
 
@@ -83,9 +83,10 @@ class Grouped(Layout):
     Here A [rank, in/groups, *kernel] is shared by the groups. Where each slice of peft's A is zero outside the channels
     of its own group, both are the same function."""
 
-    def __init__(self, host: Any, param: str) -> None:
+    def __init__(self, host: nn.Module, param: str) -> None:
         super().__init__(host, param)
-        self.groups: int = host.groups
+        owner: Any = owner_of(host, param)[0]
+        self.groups: int = owner.groups
 
     def shapes(self, rank: int) -> tuple[Shape, Shape]:
         out, part, *kernel = self.shape

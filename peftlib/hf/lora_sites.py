@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .._core.foreign import reader_of
 from .._errors import AdapterError
 from .config import Config
 from .lora_layouts import Layout, layout_of
@@ -87,7 +86,7 @@ def _places(modules: Modules, sites: Sites, named: list[str], parameters: dict[s
 def site_of(modules: Modules, path: str, name: str, param: str = "weight", rank: int = 0, alpha: float = 0) -> Site:
     """The place of a pair on one weight; refused where peft cannot adapt it, or where no adapter would act."""
     module = modules.by_name[name]
-    host_name, _, inner = reader_of(modules.model, name, module)
+    host_name, _, inner = modules.place(name)
     if inner:
         raise AdapterError(
             f"{name}: its parent reads it without calling it, so peft's adapter there never acts. "

@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from .._core.readers import Readers
+from .._core.readers import Site as Place
 from .._core.walk import candidates
 
 
@@ -13,3 +15,8 @@ class Modules:
         self.by_name: dict[str, nn.Module] = dict(candidates(model))
         self.name_of = {id(module): name for name, module in self.by_name.items()}
         self.names = [name for name in self.by_name if name]
+        self._readers = Readers(candidates(model, aliases=True))
+
+    def place(self, name: str) -> Place:
+        """Where a module is adapted: at itself, or from what reads its weights."""
+        return self._readers.site(name, self.by_name[name])

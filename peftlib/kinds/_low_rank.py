@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._core.host import base_type
-from .._core.override import weight_of
+from .._core.override import owner_of
 from .._core.quantized import quantized_as
 from .._errors import AdapterError
 from ._weight_layout import _CONVS, _TRANSPOSED, is_transposed_linear
@@ -105,8 +105,14 @@ BRANCHES = tuple(dict.fromkeys(branch for _, branch in _BRANCH_OF))
 
 
 def require_overridable(host: nn.Module, path: str) -> None:
-    """Only the merged weight is left on this host, so it must read a floating-point tensor that can be overridden."""
-    weight = weight_of(host, path)
+    """Only the weight form is left on this host, so it must read a floating-point tensor that can be overridden."""
+    owner, leaf = owner_of(host, path)
+    weight = getattr(owner, leaf)
+    if owner is not host and leaf not in (*owner._parameters, *owner._buffers):
+        raise AdapterError(
+            f"{type(host).__name__}.{path} is computed from other tensors at each reading, and {type(host).__name__} "
+            "reads it without calling its child. Remove the parametrization first, or exclude it."
+        )
     if not weight.is_floating_point():
         raise AdapterError(
             f"{type(host).__name__}.{path} is {weight.dtype}, not floating point, and only a Linear can be adapted "

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .._core.override import owner_of
 from .._core.quantized import Shape
 from .._errors import AdapterError
 
@@ -69,13 +70,14 @@ _BY_ROWS = (nn.Linear, *_CONVS, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, 
 
 
 def form_of(host: nn.Module, path: str, shape: Shape) -> type[Form]:
-    if path == "weight" and isinstance(host, _TRANSPOSED):
+    owner, leaf = owner_of(host, path)
+    if leaf == "weight" and isinstance(owner, _TRANSPOSED):
         return TransposedKernel
-    if path == "weight" and isinstance(host, (nn.Embedding, nn.EmbeddingBag)):
+    if leaf == "weight" and isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return Lookup
-    if path == "weight" and is_transposed_linear(host):
+    if leaf == "weight" and is_transposed_linear(owner):
         return Columns
-    if len(shape) == 3 and not isinstance(host, _BY_ROWS):
+    if len(shape) == 3 and not isinstance(owner, _BY_ROWS):
         return Stack
     return Rows
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.adapter import as_weights, fold_all, unwrapped
-from .._core.override import overridden, weight_of
+from .._core.override import overridden, owner_of, weight_of
 from .._core.quantized import not_real_as
 from .._errors import AdapterError
 from ..kernels import dora_norm
@@ -134,17 +134,19 @@ class DoRA(LoRA):
         matrix, (A, B) = self.form.matrix(weight_of(host, self.param)), self.form.pair(self.lora_A, self.lora_B)
         if self.form is not TransposedKernel:
             return dora_norm(matrix, A, B, self.scale)
-        matrix, A = (each.unflatten(1, (host.groups, -1)).transpose(0, 1) for each in (matrix, A))
+        owner: Any = owner_of(host, self.param)[0]
+        matrix, A = (each.unflatten(1, (owner.groups, -1)).transpose(0, 1) for each in (matrix, A))
         by_tap = dora_norm(matrix, A, B, self.scale)  # [groups, out/groups * kernel]
-        by_channel = by_tap.unflatten(1, (host.out_channels // host.groups, -1))
+        by_channel = by_tap.unflatten(1, (owner.out_channels // owner.groups, -1))
         return torch.linalg.vector_norm(by_channel, dim=-1).flatten()
 
     def _over_rows(self, host: Any, vector: Tensor) -> Tensor:
         """One value for each output, laid out to multiply the matrix."""
         if self.form is not TransposedKernel:
             return vector.unsqueeze(-1)
-        taps, inputs = math.prod(host.kernel_size), host.in_channels // host.groups
-        by_group = vector.view(host.groups, -1).t()  # [out/groups, groups]
+        owner: Any = owner_of(host, self.param)[0]
+        taps, inputs = math.prod(owner.kernel_size), owner.in_channels // owner.groups
+        by_group = vector.view(owner.groups, -1).t()  # [out/groups, groups]
         return by_group.repeat_interleave(taps, 0).repeat_interleave(inputs, 1)
 
 
