@@ -44,6 +44,7 @@ class Adapter(nn.Module):
     name: str
     config: dict[str, Any]
     replaces: tuple[str, ...] = ()
+    covers_children = False  # whether it may change the weights of modules inside its host, not only the host's own
     # Of a parameter beside a weight [out, in]: its dimension along the outputs, and that along the inputs.
     axes: Mapping[str, tuple[int | None, int | None]] = {}
 
@@ -90,8 +91,8 @@ class Adapter(nn.Module):
         `inner` names the child that was targeted when the host reads that child's weights without calling it."""
         if inner:
             raise AdapterError(
-                f"{type(host).__name__} reads the weights of its child {inner!r} without calling it, so "
-                f"{cls.__name__} there would never run. Target the {type(host).__name__} itself."
+                f"{type(host).__name__} reads the weights of its child {inner!r} without calling it, and there "
+                f"{cls.__name__} would not act. Target the {type(host).__name__} itself."
             )
         return [config]
 

@@ -119,15 +119,17 @@ def parts_to_inject(
     require_kind(kind)
     named = candidates(model, aliases=True)
     hits = {id(module): module for _, module in select(named, targets, exclude)}
-    first_named = [(name, module) for name, module in candidates(model) if id(module) in hits]
-    return list(_parts(model, first_named, Readers(named), kind, config))
+    first_named = candidates(model)
+    order = {id(module): position for position, (_, module) in enumerate(first_named)}
+    chosen = [(name, module) for name, module in first_named if id(module) in hits]
+    return sorted(_parts(model, chosen, Readers(named), kind, config), key=lambda part: order[id(part.host)])
 
 
 def _parts(
     model: nn.Module, hits: list[tuple[str, nn.Module]], readers: Readers, kind: type[Adapter], config: Any
 ) -> Iterator[Part]:
     for name, module in hits:
-        host_name, host, inner = readers.site(name, module)
+        host_name, host, inner, _ = readers.site(name, module, kind.covers_children)
         require_adaptable(host_name, host)
         try:
             kind.require_place(model, host_name, host)

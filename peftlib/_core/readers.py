@@ -8,23 +8,27 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .._errors import AdapterError
 from .host import base_type
-from .reads import ANY, Path, function_of, reads_of
+from .reads import ANY, CALL, Path, function_of, reads_of
 
 # What a source does not show: torch's parents read their children in compiled functions, and have fast paths around
 # them, which are switched off while there are adapters inside.
 _READ_BY_TORCH: dict[type[nn.Module], frozenset[Path]] = {
     nn.MultiheadAttention: frozenset({("out_proj", "weight"), ("out_proj", "bias")}),
 }
+_IN_PLACE = {"add_", "sub_", "mul_", "div_", "copy_", "fill_", "zero_", "clamp_", "lerp_"}
 _DEEPEST = 4  # methods of a child that call methods of its child, and so on
 
 
 class Site(NamedTuple):
-    """Where to adapt a module: the host, and the module's path inside it, which is empty for the module itself."""
+    """Where to adapt a module: the host, the module's path inside it, which is empty for the module itself, and whether
+    what reads the module also calls it, in another case."""
 
     host_name: str
     host: nn.Module
     inner: str
+    called: bool = True
 
 
 class Readers:
@@ -35,17 +39,41 @@ class Readers:
 
     def __init__(self, named: Sequence[tuple[str, nn.Module]]) -> None:
         """Takes the model's modules under all their names."""
-        modules = {id(module): module for _, module in named}
+        self._sites: dict[int, Site] = {}
+        self._sites_of_whole: dict[int, Site] = {}
+        self._changed: dict[int, str] = {}
+        users: dict[int, list[nn.Module]] = {}
+        read: set[int] = set()
+        called: set[int] = set()
         reads = functools.cache(_class_reads)
-        readers: dict[int, list[nn.Module]] = {}
-        for module in modules.values():
-            for child in _children_read(module, reads(type(module))) if module._modules else ():
-                if id(child) in modules:
-                    readers.setdefault(id(child), []).append(module)
-        self._sites = dict(_sites(named, readers)) if readers else {}
+        for module in {id(module): module for _, module in named}.values():
+            for child, use in _children_used(module, reads(type(module))) if module._modules else ():
+                users.setdefault(id(child), []).append(module)
+                (called if use == CALL else read).add(id(child))
+                if use in _IN_PLACE:
+                    self._changed[id(child)] = f"{base_type(type(module)).__name__} changes its weight in place ({use})"
+        by_name = dict(named)
+        for name, site in _sites(named, {child: users[child] for child in read}) if read else ():
+            self._remember(by_name, name, site._replace(called=id(by_name[name]) in called))
 
-    def site(self, name: str, module: nn.Module) -> Site:
-        return self._sites.get(id(module), Site(name, module, ""))
+    def _remember(self, by_name: dict[str, nn.Module], name: str, site: Site) -> None:
+        self._sites[id(by_name[name])] = site
+        for outer in _outward(name):
+            if outer == site.host_name:
+                break
+            whole = self._sites_of_whole.setdefault(id(by_name[outer]), site)
+            if len(site.host_name) <= len(whole.host_name):
+                inner = outer.removeprefix(site.host_name).lstrip(".")
+                self._sites_of_whole[id(by_name[outer])] = site._replace(inner=inner)
+
+    def site(self, name: str, module: nn.Module, whole: bool = False) -> Site:
+        """Where to adapt a module, or, for a kind that may change what is inside it too, the whole of it."""
+        if id(module) in self._changed:
+            raise AdapterError(
+                f"{name}: {self._changed[id(module)]} while it runs, which would change that of the base or be lost. "
+                "Exclude this module."
+            )
+        return (self._sites_of_whole if whole else self._sites).get(id(module), Site(name, module, ""))
 
 
 def _class_reads(cls: type) -> frozenset[Path]:
@@ -55,32 +83,32 @@ def _class_reads(cls: type) -> frozenset[Path]:
     return frozenset().union(reads_of(own, forward) if forward else (), *by_torch)
 
 
-def _children_read(module: nn.Module, paths: frozenset[Path]) -> list[nn.Module]:
+def _children_used(module: nn.Module, paths: frozenset[Path]) -> list[tuple[nn.Module, str]]:
+    """Each module inside that is called, or whose tensors are read or changed, and which of it."""
     for item in (module.__dict__.get("forward"), module.__dict__.get("_inner_forward")):
         replaced = function_of(item.__func__) if isinstance(item, types.MethodType) else None
         if replaced:  # a library puts its own forward on the module itself
             paths |= reads_of(base_type(type(module)), replaced)
-    owners = [owner for path in paths if len(path) > 1 for owner in _owners(module, path, _DEEPEST)]
-    return list({id(owner): owner for owner in owners if owner is not module}.values())
+    found = dict.fromkeys(use for path in sorted(paths) if len(path) > 1 for use in _uses(module, path, _DEEPEST))
+    return [(child, use) for child, use in found if child is not module]
 
 
-def _owners(module: nn.Module, path: Path, depth: int) -> Iterator[nn.Module]:
-    """The modules whose own tensors are at this path, or are read by the method there."""
-    if not path:
-        return
-    head, *rest = path
-    if _has_tensor(module, head):
-        yield module
+def _uses(module: nn.Module, path: Path, depth: int) -> Iterator[tuple[nn.Module, str]]:
+    """What is at the path, or what the method there uses."""
+    head, *rest = path or ("",)
+    if head == CALL:
+        yield module, CALL
+    elif _has_tensor(module, head):
+        yield module, next((name for name in rest if name in _IN_PLACE), "read")
     elif head == ANY or head in module._modules:
-        children = [*module._modules.values()] if head == ANY else [module._modules[head]]
-        for child in children:
+        for child in [*module._modules.values()] if head == ANY else [module._modules[head]]:
             if child is not None:
-                yield from _owners(child, tuple(rest), depth)
+                yield from _uses(child, tuple(rest), depth)
     elif depth and head not in ("forward", "__call__"):
         cls = base_type(type(module))
-        method = function_of(inspect.getattr_static(cls, head, None))
+        method = function_of(inspect.getattr_static(cls, head, None)) if head else None
         for inner in reads_of(cls, method) if method else ():
-            yield from _owners(module, inner, depth - 1)
+            yield from _uses(module, inner, depth - 1)
 
 
 def _has_tensor(module: nn.Module, name: str) -> bool:
@@ -93,20 +121,20 @@ def is_computed(module: nn.Module, name: str) -> bool:
     return isinstance(module.__dict__.get(name), Tensor) or (parametrized is not None and name in parametrized._modules)
 
 
-def _sites(named: Sequence[tuple[str, nn.Module]], readers: dict[int, list[nn.Module]]) -> Iterator[tuple[int, Site]]:
+def _sites(named: Sequence[tuple[str, nn.Module]], users: dict[int, list[nn.Module]]) -> Iterator[tuple[str, Site]]:
+    """The first name of each child that has users, and its site."""
     by_name = dict(named)
     names: dict[int, list[str]] = {}
     for name, module in named:
         names.setdefault(id(module), []).append(name)
-    for child, reading in readers.items():
-        around = [{id(by_name[outer]) for outer in _outward(name)} for reader in reading for name in names[id(reader)]]
-        around += [{id(by_name[outer]) for outer in _outward(name)[1:]} for name in names[child]]
-        name = names[child][0]
-        for host_name in _outward(name)[1:]:
-            host = by_name[host_name]
-            if all(id(host) in each for each in around) and (not host_name or _has_forward(host)):
-                yield child, Site(host_name, host, name.removeprefix(host_name).lstrip("."))
-                break
+    for child in users.keys() & names.keys():
+        around = [_outward(name)[1:] for name in names[child]]
+        around += [_outward(name) for user in users[child] for name in names[id(user)]]
+        common = set.intersection(*({id(by_name[outer]) for outer in each} for each in around))
+        first = names[child][0]
+        possible = [outer for outer in around[0] if id(by_name[outer]) in common and _has_forward(by_name[outer])]
+        host_name = next(iter(possible), "")
+        yield first, Site(host_name, by_name[host_name], first.removeprefix(host_name).lstrip("."))
 
 
 def _outward(name: str) -> list[str]:

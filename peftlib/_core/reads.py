@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 Path = tuple[str, ...]
 ANY = "*"  # an index that the source does not say
+CALL = "()"  # the end of a path that is called
 
 _SUPER = "super()"
 _LONGEST = 8  # a path that grows in a recursion ends here
@@ -38,7 +39,7 @@ _known = weakref.WeakKeyDictionary()
 
 def reads_of(cls: type, function: types.FunctionType) -> frozenset[Path]:
     """Attributes by their path from the module, `("layers", "*", "weight")`, whose values a method of the class uses,
-    itself or in what it calls. What has no source reads nothing."""
+    itself or in what it calls; and what it calls, `("layers", "*", "()")`. What has no source reads nothing."""
     known = _known.setdefault(cls, weakref.WeakKeyDictionary())
     if function not in known:
         known[function] = frozenset(_found(cls, function))
@@ -54,7 +55,7 @@ def function_of(item: Any) -> types.FunctionType | None:
     if isinstance(item, functools.cached_property):
         item = item.func
     item = inspect.unwrap(item) if callable(item) and not isinstance(item, type) else item
-    if not isinstance(item, types.FunctionType) or item.__module__.partition(".")[0] == "torch":
+    if not isinstance(item, types.FunctionType) or (item.__module__ or "").partition(".")[0] == "torch":
         return None
     return item
 
@@ -84,12 +85,14 @@ def _bound(function: types.FunctionType, given: list[set[Path]], named: dict[str
 class _Function:
     """One function with the module's parts among its arguments and variables, whatever the order of its statements."""
 
-    def __init__(self, cls: type, visit: _Visit) -> None:
-        self.cls, self.function = cls, visit.function
+    def __init__(self, cls: type, visit: _Visit, getters: int = 2) -> None:
+        self.cls, self.function, self.getters = cls, visit.function, getters
         self.variables: dict[str, set[Path]] = {}
+        self.given_back: dict[str, set[Path]] = {}
         for name, path in visit.arguments:
             self.variables.setdefault(name, set()).add(path)
         self.nodes = _nodes(visit.function.__code__)
+        self.local = {node.name: node for node, _ in self.nodes if isinstance(node, ast.FunctionDef)}
         size = -1
         while size != sum(map(len, self.variables.values())):
             size = sum(map(len, self.variables.values()))
@@ -102,7 +105,10 @@ class _Function:
             loaded = isinstance(node, ast.expr) and not isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del))
             if loaded and not _goes_on(node, parent) and not _asks_metadata(node, parent):
                 call = parent if isinstance(parent, ast.Call) else None
-                yield from ((path, call) for path in self.paths(node) if len(path) <= _LONGEST)
+                called = call is not None and call.func is node
+                for path in self.paths(node):
+                    if len(path) < _LONGEST:
+                        yield ((*path, CALL) if called else path), call
 
     def paths(self, node: ast.AST) -> set[Path]:
         """The parts of the module that an expression may be."""
@@ -117,6 +123,8 @@ class _Function:
                 return {longer for path in self.paths(value) for longer in _indexed(path, value, index)}
             case ast.Call(func=ast.Name(id="getattr"), args=[value, name, *_]):
                 return {(*path, _constant(name)) for path in self.paths(value)}
+            case ast.Call(func=ast.Attribute() as function):
+                return {part for path in self.paths(function) if len(path) == 1 for part in self._returned(path[0])}
             case ast.IfExp(body=body, orelse=orelse):
                 return self.paths(body) | self.paths(orelse)
             case ast.BoolOp(values=parts) | ast.Tuple(elts=parts) | ast.List(elts=parts):
@@ -127,6 +135,7 @@ class _Function:
 
     def callees(self, path: Path, call: ast.Call | None) -> list[_Visit]:
         """The functions that run where a path is used: methods of the class, and functions that get a part of it."""
+        path = tuple(name for name in path if name != CALL)
         if len(path) == 2 and path[0] == _SUPER:
             return self._methods(path[1], call, inherited=True)
         own = self._methods(path[0], call) if len(path) == 1 else []
@@ -143,6 +152,19 @@ class _Function:
             if function is not None
         ]
 
+    def _returned(self, name: str) -> set[Path]:
+        """What a getter gives: `self.head().weight`."""
+        if name not in self.given_back and self.getters:
+            getters = [_Function(self.cls, visit, self.getters - 1) for visit in self._methods(name, None)]
+            self.given_back[name] = {
+                path
+                for getter in getters
+                for node, _ in getter.nodes
+                if isinstance(node, ast.Return) and node.value
+                for path in getter.paths(node.value)
+            }
+        return self.given_back.get(name, set())
+
     def _arguments(self, call: ast.Call) -> tuple[list[set[Path]], dict[str, set[Path]]]:
         return [self.paths(item) for item in call.args], {k.arg: self.paths(k.value) for k in call.keywords if k.arg}
 
@@ -155,6 +177,9 @@ class _Function:
                 self._bind(target, value)
             case ast.For(target=target, iter=items) | ast.comprehension(target=target, iter=items):
                 self._bind_items(target, items)
+            case ast.Call(func=ast.Name(id=name), args=given) if name in self.local:
+                for argument, value in zip(self.local[name].args.args, given, strict=False):
+                    self._add(ast.Name(argument.arg), self.paths(value))
 
     def _bind(self, target: ast.expr, value: ast.expr) -> None:
         match target, value:

@@ -71,7 +71,7 @@ def _require_called(readers: Readers, host_name: str, host: nn.Module, path: str
     require_adaptable(host_name, host)
     if readers.site(host_name, host).inner:
         raise AdapterError(
-            f"{path}: {host_name} is read by its parent without being called, so an adapter there would never run. "
+            f"{path}: {host_name} is read by its parent without being called, so an adapter there would not act. "
             "Save it again from its model."
         )
 

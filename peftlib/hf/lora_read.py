@@ -191,7 +191,7 @@ def kept_parts(
 
 
 def _kept(modules: Modules, name: str, stem: str, tensors: FileTensors) -> Part:
-    fresh, (*_, inner) = fresh_copy(modules, name), modules.place(name)
+    fresh, inner = fresh_copy(modules, name), modules.place(name, whole=True).inner
     aliases = Full(fresh.host, **fresh.config).aliases
     found: dict[str, Tensor] = {}
     for first, names in aliases.items():
@@ -212,7 +212,7 @@ def _kept_tensor(stem: str, leaf: str, weight: Tensor, tensors: FileTensors) -> 
 
 
 def fresh_copy(modules: Modules, name: str, params: Any = None) -> Part:
-    host_name, host, inner = modules.place(name)
+    host_name, host, inner, _ = modules.place(name, whole=params is None)
     (keywords,) = Full.split(host, inner, {} if params is None else {"params": [params]})
     return Part(host_name, host, Full, keywords)
 
@@ -228,7 +228,7 @@ def _replaced(modules: Modules, sites: Sites, tensors: FileTensors) -> Iterator[
                 continue
             value = tensors.take(key, weight.shape)
             if leaf == "bias" or not torch.equal(value.to(weight), weight):
-                host_name, host, inner = modules.place(name)
+                host_name, host, inner, _ = modules.place(name)
                 param = f"{inner}.{leaf}".lstrip(".")
                 yield Part(host_name, host, Full, {"params": [param]}, {param: value})
 

@@ -18,10 +18,12 @@ _INSIDE = ".base_layer"
 
 
 class Site(NamedTuple):
-    """One pair: `path` before its suffix in the file, `key` that patterns match, and its place here."""
+    """One pair: `path` before its suffix in the file, `key` that patterns match, the module's name and the weight in it
+    (`at`), and its place here."""
 
     path: str
     key: str
+    at: tuple[str, str]
     host_name: str
     host: nn.Module
     param: str
@@ -85,19 +87,19 @@ def _places(modules: Modules, sites: Sites, named: list[str], parameters: dict[s
 
 def site_of(modules: Modules, path: str, name: str, param: str = "weight", rank: int = 0, alpha: float = 0) -> Site:
     """The place of a pair on one weight; refused where peft cannot adapt it, or where no adapter would act."""
-    module = modules.by_name[name]
-    host_name, _, inner = modules.place(name)
-    if inner:
+    host_name, host, inner, called = modules.place(name)
+    if not called:
         raise AdapterError(
             f"{name}: its parent reads it without calling it, so peft's adapter there never acts. "
             f"Target {host_name.rpartition('.')[2] or 'the parent'!r}, which takes it along."
         )
+    where = f"{inner}.{param}".lstrip(".")
     try:
-        layout = layout_of(module, param)
+        layout = layout_of(host, where)
     except AttributeError:
         raise AdapterError(
-            f"{name}: {class_of(module)} has no {param}, so peft refuses it. Narrow the targets."
+            f"{name}: {class_of(host)} has no {param}, so peft refuses it. Narrow the targets."
         ) from None
     except AdapterError as error:
         raise AdapterError(f"{name}: {error}") from None
-    return Site(path, name, name, module, param, layout, rank, alpha)
+    return Site(path, name, (name, param), host_name, host, where, layout, rank, alpha)

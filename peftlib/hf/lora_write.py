@@ -62,7 +62,7 @@ def _config(modules: Modules, pairs: list[Pair], kept: Copies) -> Config:
 def _pair_tensors(sites: Sites, pairs: dict[tuple[str, str], Pair]) -> Tensors:
     tensors: Tensors = {}
     for site in sites.pairs:
-        pair = pairs.get((site.host_name, site.param))
+        pair = pairs.get(site.at)
         A, B = (pair.A, pair.B) if pair else _zeros(site)
         tensors |= dict(zip((f"{PREFIX}{site.path}.{name}" for name in site.layout.names), (A, B), strict=True))
         if pair and pair.magnitude is not None:
@@ -92,7 +92,7 @@ def _bias_tensors(sites: Sites, pairs: dict[tuple[str, str], Pair], biases: dict
         )
     tensors: Tensors = {}
     for site in sites.pairs:
-        pair = pairs[site.host_name, site.param]
+        pair = pairs[site.at]
         none = pair.B.new_zeros(len(pair.B))
         tensors[f"{PREFIX}{site.path}.{SUFFIX}"] = biases.get(pair.module, none) / pair.scale
     return tensors
@@ -137,7 +137,7 @@ def described(pairs: Collection[Pair]) -> Config:
         "use_rslora": stabilized,
         "use_dora": _all_or_none([pair.magnitude is not None for pair in pairs]),
         "lora_dropout": _dropout(pairs),
-        "fan_in_fan_out": any(is_transposed_linear(pair.host) for pair in pairs),
+        "fan_in_fan_out": any(is_transposed_linear(owner_of(pair.host, pair.param)[0]) for pair in pairs),
         "target_parameters": sorted(pair.key for pair in pairs if not pair.by_module) or None,
     }
 

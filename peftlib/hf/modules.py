@@ -17,6 +17,6 @@ class Modules:
         self.names = [name for name in self.by_name if name]
         self._readers = Readers(candidates(model, aliases=True))
 
-    def place(self, name: str) -> Place:
-        """Where a module is adapted: at itself, or from what reads its weights."""
-        return self._readers.site(name, self.by_name[name])
+    def place(self, name: str, whole: bool = False) -> Place:
+        """Where a module is adapted: at itself, or from what reads its weights, or with `whole` those of what it holds."""
+        return self._readers.site(name, self.by_name[name], whole)

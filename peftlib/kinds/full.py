@@ -46,6 +46,7 @@ class Full(Adapter):
     """
 
     rows: Tensor | None
+    covers_children = True
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from .._core.adapter import Adapter, trainable_dtype
 from .._core.host import base_type
 from .._errors import AdapterError
 from ._features import features_of
-from ._low_rank import low_rank_branch_of
+from ._low_rank import low_rank_branch_of, require_overridable
 from ._weight_layout import is_transposed_linear
 
 _SIDES = ("output", "input")
@@ -33,6 +33,8 @@ class IA3(Adapter):
     Args:
         host: the module to adapt, from `inject`.
         on: "output" or "input": which features are scaled. Linear and the convolutions alone have inputs to scale.
+        child: the dotted name of a module inside the host to scale in its place, where the host reads the child's
+            weights without calling it; `inject` fills it in. Default the host itself.
         dtype: of the factor; default the host's own, or float32 beside half precision.
 
     Raises:
@@ -47,15 +49,27 @@ class IA3(Adapter):
         16
     """
 
-    def __init__(self, host: nn.Module, *, on: str = "output", dtype: str | torch.dtype | None = None) -> None:
+    def __init__(
+        self, host: nn.Module, *, on: str = "output", child: str = "", dtype: str | torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        _check(host, on)
-        self.on = on
+        scaled = host.get_submodule(child)
+        _check(scaled, on)
+        if child:
+            require_overridable(host, f"{child}.weight")
+        self.on, self.child = on, child
         self.axes = {"factor": (0, None) if on == "output" else (None, 0)}
-        self.axis, shape = features_of(host).axis, _shape(host, on)
-        self.calls = _has_call_form(host)
-        like = next(host.parameters(recurse=False))
+        self.axis, shape = features_of(scaled).axis, _shape(scaled, on)
+        self.calls = not child and _has_call_form(host)
+        like = next(scaled.parameters(recurse=False))
         self.factor = nn.Parameter(torch.ones(shape, device=like.device, dtype=trainable_dtype(dtype, like)))
+
+    @classmethod
+    def split(cls, host: nn.Module, inner: str, config: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{**config, "child": inner} if inner else config]
+
+    def file_keys(self) -> dict[str, str]:
+        return {f"{self.child}.{key}".lstrip("."): key for key in self.state_dict()}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -80,12 +94,14 @@ class IA3(Adapter):
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
         """Rows of the weight, and the bias, times the factor; or columns of the weight."""
         factor = self.factor.to(torch.promote_types(self.factor.dtype, torch.float32))
-        if isinstance(host, nn.MultiheadAttention):
+        if isinstance(host, nn.MultiheadAttention) and not self.child:
             return _fold_attention(host, factor)
-        weight: Any = host.weight
-        folded = {"weight": weight * _beside(host, self.on, factor, weight)}
-        bias: Any = getattr(host, "bias", None)
-        return folded if bias is None or self.on == "input" else {**folded, "bias": bias * factor}
+        scaled: Any = host.get_submodule(self.child)
+        folded = {"weight": scaled.weight * _beside(scaled, self.on, factor, scaled.weight)}
+        bias: Any = getattr(scaled, "bias", None)
+        if bias is not None and self.on == "output":
+            folded["bias"] = bias * factor
+        return {f"{self.child}.{leaf}".lstrip("."): value for leaf, value in folded.items()}
 
 
 def _beside(host: Any, on: str, factor: Tensor, weight: Tensor) -> Tensor:

@@ -109,17 +109,6 @@ class Final(nn.Linear):
         raise TypeError("Final is final")
 
 
-class MambaMixer(nn.Module):
-    """Named as the one whose fused kernels read `x_proj`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.x_proj = nn.Linear(4, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.x_proj.weight.T
-
-
 def lazy() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces lazy modules as new
@@ -170,11 +159,6 @@ HOSTS = {
         lambda: Final(2, 2),
         inject(nn.Linear),
         ("the root", "Final", "Final is final"),
-    ),
-    "a child that fused kernels read": Refusal(
-        lambda: chain(MambaMixer()),
-        inject("x_proj"),
-        ("0.x_proj", "MambaMixer", "in_proj"),
     ),
     "a child that its parent reads, with a kind that has no path into it": Refusal(
         lambda: chain(nn.MultiheadAttention(4, 2)),

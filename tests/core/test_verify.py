@@ -1,5 +1,6 @@
 """`verify` names what does nothing, measures live against merged, and leaves no trace."""
 
+import operator
 from typing import Any
 
 import pytest
@@ -200,8 +201,7 @@ def test_problems_are_named(make, problems):
     assert changes(before, model) == []
 
 
-def test_a_child_that_its_parent_reads_by_itself_is_found():
-    """Such as a fused loss that takes a head's weight: the adapter there never runs."""
+def test_a_child_that_is_read_in_a_way_that_no_source_shows_is_found():
 
     class Fused(nn.Module):
         def __init__(self) -> None:
@@ -209,7 +209,7 @@ def test_a_child_that_its_parent_reads_by_itself_is_found():
             self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(self.body(x), self.head.weight)
+            return nn.functional.linear(self.body(x), operator.attrgetter("head.weight")(self))
 
     (problem,) = peftlib.verify(adapted(Fused()), X).problems
     assert '"default" on head (LoRA) did not run' in problem

@@ -1,5 +1,6 @@
 """IA3: whose features are scaled, alike live and merged, and what is refused."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -226,9 +227,23 @@ def test_hosts_and_configurations_that_are_refused(host, config, names):
         around(host, **config)
 
 
-def test_a_child_that_attention_reads_is_refused_with_the_fix():
-    with refused(None, "host.out_proj", "IA3", "MultiheadAttention"):
-        peftlib.inject(Around(nn.MultiheadAttention(6, 2)), "out_proj", IA3)
+def test_a_child_that_attention_reads_is_scaled_from_the_attention(tmp_path):
+    torch.manual_seed(0)
+    base = Around(nn.MultiheadAttention(6, 2, batch_first=True)).double()
+    nn.init.normal_(base.host.out_proj.bias)
+    model, x = copy.deepcopy(base), torch.randn(2, 4, 6, dtype=torch.float64)
+    assert peftlib.inject(model, "out_proj", IA3) == ["host"]
+    factor = factor_of(model)
+    nn.init.normal_(factor)
+    expected = base(x, x, x)[0] * factor
+    assert_close(model(x, x, x)[0], expected)
+    model(x, x, x)[0].sum().backward()
+    assert_close(factor.grad, base(x, x, x)[0].sum((0, 1)))
+    peftlib.save(model, tmp_path / "factor.safetensors")
+    with peftlib.merged(model), torch.no_grad():
+        assert_close(model(x, x, x)[0], expected)
+    peftlib.load(base, tmp_path / "factor.safetensors")
+    assert torch.equal(base(x, x, x)[0], model(x, x, x)[0])
 
 
 def test_a_packed_weight_is_scaled_live_and_refused_at_merge():
