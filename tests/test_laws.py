@@ -45,7 +45,7 @@ def _low_rank_weights(host: Host, host_name: str, config: dict[str, Any], owner:
 def _dora_weights(host: Host, host_name: str, config: dict[str, Any], owner: nn.Module, leaves: Leaves) -> Leaves:
     """m ⊙ V/‖V‖ by hand, V = W + s·B·A, the norm a constant in the gradient."""
     ((param, moved),) = _low_rank_weights(host, host_name, config, owner, leaves).items()
-    layout = (host.weights or {})[host_name][param]
+    layout, owner = (host.weights or {})[host_name][param], owner.get_submodule(param.rpartition(".")[0])
     norms = reference.row_norms(layout, moved.detach(), getattr(owner, "groups", 1))
     magnitude = leaves["magnitude"]
     if layout is reference.transposed_kernel:
@@ -72,8 +72,8 @@ def _own_weights(host: Host, host_name: str, config: dict[str, Any], owner: nn.M
 
 def _factor_weights(host: Host, host_name: str, config: dict[str, Any], owner: Any, leaves: Leaves) -> Leaves:
     """Rows of W, and b, times l, or columns of W; of attention's projections the rows of keys and values."""
-    factor, on, groups = leaves["factor"], config["on"], getattr(owner, "groups", 1)
-    if isinstance(owner, nn.MultiheadAttention):
+    factor, on, child = leaves["factor"], config["on"], config["child"]
+    if isinstance(owner, nn.MultiheadAttention) and not child:
         width = owner.embed_dim
         every = torch.cat([torch.ones_like(factor[:width]), factor])
         found = {"in_proj_weight": every[:, None], "in_proj_bias": every}
@@ -81,11 +81,12 @@ def _factor_weights(host: Host, host_name: str, config: dict[str, Any], owner: A
         named = {name: owner._parameters.get(name) for name in found}
         return {name: p.detach() * found[name] for name, p in named.items() if p is not None}
     layouts = {reference.columns: "columns", reference.transposed_kernel: "transposed"}
-    layout = (host.weights or {}).get(host_name, {}).get("weight")
-    weight = owner.weight.detach()
-    found = {"weight": reference.scaled(layouts.get(layout, "rows"), factor, weight, on, groups)}
+    prefix, owner = f"{child}." if child else "", owner.get_submodule(child)
+    layout = layouts.get((host.weights or {}).get(host_name, {}).get(f"{prefix}weight"), "rows")
+    groups = getattr(owner, "groups", 1)
+    found = {f"{prefix}weight": reference.scaled(layout, factor, owner.weight.detach(), on, groups)}
     if on == "output" and getattr(owner, "bias", None) is not None:
-        found["bias"] = owner.bias.detach() * factor
+        found[f"{prefix}bias"] = owner.bias.detach() * factor
     return found
 
 
@@ -141,7 +142,8 @@ def _dora(name: str, refuses: Callable[[Host], str] = _no_matrix, **config: Any)
 
 
 _NO_SIZE = "dim="
-_FEATURELESS = {"experts": _NO_SIZE, "raw-matrix": _NO_SIZE, "attention-out": "'out_proj'"}
+_READ = dict.fromkeys(["attention-out", "children-read"], "child '")
+_FEATURELESS = {"experts": _NO_SIZE, "raw-matrix": _NO_SIZE, **_READ}
 _KEEPING = ("conv1d-grouped-unbatched", "conv2d-reflect")  # of the convolutions: as many places out as in
 
 
@@ -158,11 +160,13 @@ def _no_parallel(host: Host) -> str:
 
 def _no_factor(host: Host) -> str:
     unknown = host.name.startswith(("bilinear", "experts", "raw-matrix", "lstm", "gru", "rnn"))
-    return "IA3.*Linear" if unknown else "'out_proj'" if host.name == "attention-out" else ""
+    return "IA3.*Linear" if unknown else ""
 
 
 def _no_input_factor(host: Host) -> str:
-    lookups_and_norms = ("bag", "embedding", "scaled-embedding", "tied-embedding", "layer", "rms", "group", "batch")
+    lookups_and_norms = (
+        "bag", "embedding", "scaled-embedding", "tied-embedding", "children-read", "layer", "rms", "group", "batch"
+    )  # fmt: skip
     whole = host.name.startswith(("attention", "encoder")) and host.name not in (
         "attention-out",
         "encoder-eval-linear1",
@@ -181,9 +185,8 @@ def _bottleneck(name: str, refuses: Callable[[Host], str] = _no_features, **conf
 
 
 def _no_attention(host: Host) -> str:
-    if host.name == "attention-out":
-        return "'out_proj'"
-    return "" if host.name.startswith("attention") else "heads="
+    heads = "" if host.name.startswith("attention") else "heads="
+    return _READ.get(host.name, heads)
 
 
 KINDS = [

@@ -18,7 +18,7 @@ _LONGEST = 8  # a path that grows in a recursion ends here
 # What is asked of a tensor without its values.
 _METADATA = {
     "dtype", "device", "shape", "size", "ndim", "dim", "numel", "nelement", "requires_grad", "is_cuda", "is_cpu",
-    "is_meta", "is_quantized", "is_leaf", "is_sparse", "layout", "itemsize", "nbytes", "element_size", "stride", "type",
+    "is_meta", "is_quantized", "is_leaf", "is_sparse", "layout", "itemsize", "nbytes", "element_size", "stride",
     "is_floating_point", "is_complex", "is_contiguous", "get_device", "data_ptr", "grad", "grad_fn",
     "new", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor",
 }  # fmt: skip

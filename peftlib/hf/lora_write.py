@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._core.override import weight_of
+from .._core.override import owner_of, weight_of
 from .._errors import AdapterError
 from ..kinds._weight_layout import is_transposed_linear
 from .config import Config, plain

@@ -18,5 +18,5 @@ class Modules:
         self._readers = Readers(candidates(model, aliases=True))
 
     def place(self, name: str, whole: bool = False) -> Place:
-        """Where a module is adapted: at itself, or from what reads its weights, or with `whole` those of what it holds."""
+        """Where a module is adapted: at itself, or from what reads its weights (`whole`: or those inside it)."""
         return self._readers.site(name, self.by_name[name], whole)

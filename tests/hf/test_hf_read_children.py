@@ -1,4 +1,4 @@
-"""HF peft's files and children that a parent calls in one case and reads in another, as mixers with fused kernels do."""
+"""HF peft's files and children that a parent calls in one case and reads in another, as fused mixers do."""
 
 import copy
 import warnings

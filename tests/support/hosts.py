@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from transformers.pytorch_utils import Conv1D
 
@@ -117,6 +118,22 @@ class Experts(nn.Module):
         shares = (x @ self.gate.T).softmax(-1)  # [tokens, experts]
         hidden = torch.tanh(torch.einsum("ti,eoi->teo", x, self.up))
         return torch.einsum("te,teh,eoh->to", shares, hidden, self.down) + self.offset
+
+
+class Reading(nn.Module):
+    """Reads the weights of its children; the first of them it calls as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc: Any = nn.Linear(6, 6)
+        self.table: Any = nn.Embedding(5, 6)
+        self.conv: Any = nn.Conv1d(6, 6, 3, groups=3)
+        self.up: Any = nn.ConvTranspose1d(6, 4, 3, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(torch.tanh(self.fc(x + self.table.weight)), self.fc.weight)
+        x = F.conv1d(x.mT, self.conv.weight, self.conv.bias, padding=1, groups=3)
+        return F.conv_transpose1d(x, self.up.weight, self.up.bias, groups=2).mT
 
 
 class ScaledLinear(nn.Linear):
@@ -410,6 +427,20 @@ HOSTS = [
         lambda: (torch.randn(7, 4),),
         {"host": {"gate": rows}},
         lora={"param": "gate"},
+    ),
+    Host(
+        "children-read",
+        lambda: Around(Reading()),
+        lambda: (torch.randn(3, 5, 6),),
+        {
+            "host": {
+                "fc.weight": rows,
+                "table.weight": columns,
+                "conv.weight": rows,
+                "up.weight": transposed_kernel,
+            }
+        },
+        target=["fc", "table", "conv", "up"],
     ),
     Host("two-names", Twice, lambda: (torch.randn(4, 5),), {"first": {"weight": rows}}, target="first", own_input=True),
     Host(
