@@ -42,19 +42,26 @@ class Readers:
         self._sites: dict[int, Site] = {}
         self._sites_of_whole: dict[int, Site] = {}
         self._changed: dict[int, str] = {}
-        users: dict[int, list[nn.Module]] = {}
-        read: set[int] = set()
-        called: set[int] = set()
-        reads = functools.cache(_class_reads)
-        for module in {id(module): module for _, module in named}.values():
-            for child, use in _children_used(module, reads(type(module))) if module._modules else ():
-                users.setdefault(id(child), []).append(module)
-                (called if use == CALL else read).add(id(child))
-                if use in _IN_PLACE:
-                    self._changed[id(child)] = f"{base_type(type(module)).__name__} changes its weight in place ({use})"
-        by_name = dict(named)
-        for name, site in _sites(named, {child: users[child] for child in read}) if read else ():
-            self._remember(by_name, name, site._replace(called=id(by_name[name]) in called))
+        self._users: dict[int, list[nn.Module]] = {}
+        self._read: set[int] = set()
+        self._called: set[int] = set()
+        parents = [module for module in {id(module): module for _, module in named}.values() if module._modules]
+        paths = functools.cache(_class_paths)
+        for module in parents:
+            self._note(module, paths(type(module)).others)
+        if self._read:
+            for module in parents:
+                self._note(module, paths(type(module)).calls)
+            by_name = dict(named)
+            for name, site in _sites(named, {child: self._users[child] for child in self._read}):
+                self._remember(by_name, name, site._replace(called=id(by_name[name]) in self._called))
+
+    def _note(self, module: nn.Module, paths: frozenset[Path]) -> None:
+        for child, use in _children_used(module, paths):
+            self._users.setdefault(id(child), []).append(module)
+            (self._called if use == CALL else self._read).add(id(child))
+            if use in _IN_PLACE:
+                self._changed[id(child)] = f"{base_type(type(module)).__name__} changes its weight in place ({use})"
 
     def _remember(self, by_name: dict[str, nn.Module], name: str, site: Site) -> None:
         self._sites[id(by_name[name])] = site
@@ -76,11 +83,20 @@ class Readers:
         return (self._sites_of_whole if whole else self._sites).get(id(module), Site(name, module, ""))
 
 
-def _class_reads(cls: type) -> frozenset[Path]:
+class _Paths(NamedTuple):
+    """What a class uses: its plain calls of children, which tell nothing where no child is read, and all others."""
+
+    calls: frozenset[Path]
+    others: frozenset[Path]
+
+
+def _class_paths(cls: type) -> _Paths:
     own = base_type(cls)
     forward = function_of(inspect.getattr_static(own, "forward", None))
     by_torch = [paths for reader, paths in _READ_BY_TORCH.items() if issubclass(own, reader)]
-    return frozenset().union(reads_of(own, forward) if forward else (), *by_torch)
+    paths = frozenset().union(reads_of(own, forward) if forward else (), *by_torch)
+    calls = frozenset(path for path in paths if path[-1:] == (CALL,) and (len(path) == 2 or path[-2] == ANY))
+    return _Paths(calls, frozenset(path for path in paths - calls if len(path) > 1))
 
 
 def _children_used(module: nn.Module, paths: frozenset[Path]) -> list[tuple[nn.Module, str]]:
@@ -88,8 +104,8 @@ def _children_used(module: nn.Module, paths: frozenset[Path]) -> list[tuple[nn.M
     for item in (module.__dict__.get("forward"), module.__dict__.get("_inner_forward")):
         replaced = function_of(item.__func__) if isinstance(item, types.MethodType) else None
         if replaced:  # a library puts its own forward on the module itself
-            paths |= reads_of(base_type(type(module)), replaced)
-    found = dict.fromkeys(use for path in sorted(paths) if len(path) > 1 for use in _uses(module, path, _DEEPEST))
+            paths |= {path for path in reads_of(base_type(type(module)), replaced) if len(path) > 1}
+    found = dict.fromkeys(use for path in sorted(paths) for use in _uses(module, path, _DEEPEST))
     return [(child, use) for child, use in found if child is not module]
 
 
