@@ -29,7 +29,7 @@ _ASK_METADATA = {"isinstance", "hasattr", "type", "id", "len", "to", "type_as", 
 class _Visit(NamedTuple):
     """A function that is reached, and the parts of the module that its arguments are."""
 
-    function: types.FunctionType
+    function: Any  # FunctionType, which a type checker would bind
     arguments: frozenset[tuple[str, Path]]
 
 
@@ -86,7 +86,8 @@ class _Function:
     """One function with the module's parts among its arguments and variables, whatever the order of its statements."""
 
     def __init__(self, cls: type, visit: _Visit, getters: int = 2) -> None:
-        self.cls, self.function, self.getters = cls, visit.function, getters
+        self.cls, self.getters = cls, getters
+        self.names = visit.function.__globals__
         self.variables: dict[str, set[Path]] = {}
         self.given_back: dict[str, set[Path]] = {}
         for name, path in visit.arguments:
@@ -102,8 +103,9 @@ class _Function:
     def uses(self) -> Iterator[tuple[Path, ast.Call | None]]:
         """Each path where it is used, and the call whose function or argument it is."""
         for node, parent in self.nodes:
-            loaded = isinstance(node, ast.expr) and not isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del))
-            if loaded and not _goes_on(node, parent) and not _asks_metadata(node, parent):
+            if not isinstance(node, ast.expr) or isinstance(getattr(node, "ctx", None), (ast.Store, ast.Del)):
+                continue
+            if not _goes_on(node, parent) and not _asks_metadata(node, parent):
                 call = parent if isinstance(parent, ast.Call) else None
                 called = call is not None and call.func is node
                 for path in self.paths(node):
@@ -139,7 +141,7 @@ class _Function:
         if len(path) == 2 and path[0] == _SUPER:
             return self._methods(path[1], call, inherited=True)
         own = self._methods(path[0], call) if len(path) == 1 else []
-        function = function_of(_looked_up(call.func, self.function)) if call and not own else None
+        function = function_of(_looked_up(call.func, self.names)) if call and not own else None
         return own if function is None or call is None else [_bound(function, *self._arguments(call))]
 
     def _methods(self, name: str, call: ast.Call | None, inherited: bool = False) -> list[_Visit]:
@@ -277,12 +279,12 @@ def _constant(node: ast.expr) -> str:
     return str(value) if isinstance(value, (str, int)) else ANY
 
 
-def _looked_up(node: ast.expr, function: types.FunctionType) -> Any:
-    """What a name, or an attribute of a module or a class, is where the function was defined."""
+def _looked_up(node: ast.expr, names: dict[str, Any]) -> Any:
+    """What a name, or an attribute of a module or a class, is where a function was defined."""
     match node:
         case ast.Name(id=name):
-            return function.__globals__.get(name)
+            return names.get(name)
         case ast.Attribute(value=value, attr=name):
-            outer = _looked_up(value, function)
+            outer = _looked_up(value, names)
             return inspect.getattr_static(outer, name, None) if isinstance(outer, (types.ModuleType, type)) else None
     return None
