@@ -149,14 +149,14 @@ def lora_steps(x: Tensor, lora_A: Tensor, lora_B: Tensor, dropout: float) -> tup
 
 def takes_kernels(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:
     """Whether the kernels take these: half, bfloat16 or float32; factors in x's dtype or float32; rank up to 64; on a
-    device that tiles were chosen for."""
+    device that has tiles for the dtype."""
     if not launches(x) or x.numel() == 0 or x.dtype not in _KERNEL_DTYPES:
         return False
     if not {lora_A.dtype, lora_B.dtype} <= {x.dtype, torch.float32} or not lora_A.shape[0] <= tiles.MAX_RANK:
         return False
     from .triton_runtime import has_tiles
 
-    return has_tiles(x.device)
+    return has_tiles(x.device, x.dtype)
 
 
 class KernelSteps:

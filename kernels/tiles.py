@@ -24,6 +24,7 @@ _DROPOUT_SHRINK = {
     8: ((64, 4, 2), (16, 2, 2), (16, 4, 2)),  # 195, 194, 168 registers
     9: ((64, 4, 2), (64, 4, 2), (64, 8, 2)),  # 190, 201, 193
     10: ((32, 2, 2), (16, 1, 2), (64, 8, 2)),  # 191, 179, 184
+    12: ((32, 2, 2), (64, 8, 2), (16, 4, 2)),  # sm_120: 194, 148; at rank 64 the wider tile spills
     MI300X: ((64, 4, 1), (64, 4, 1), (64, 4, 1)),  # 119, 286, 232 of 512
 }
 
@@ -36,13 +37,15 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if _is_there(device) else (9, 0)
 
 
-def are_known(device: torch.device) -> bool:
-    """Whether tiles were chosen for `device`: NVIDIA from sm_80 on, which has bfloat16 units, and of AMD gfx942."""
+def fit(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tiles were chosen for `device` and `dtype`: NVIDIA from sm_80 on, which has bfloat16 units, and of AMD
+    gfx942. Float32 only there: NVIDIA's matrix units would round its products, and without them the kernels that a step
+    runs spill up to 30,000 bytes a thread on each of sm_80 to sm_120."""
     if not _is_there(device):
         return True  # it traces for another machine
     if torch.version.hip is not None:  # gcnArchName has features behind the name: gfx942:sramecc+:xnack-
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0] == "gfx942"
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0) and dtype != torch.float32
 
 
 def _is_there(device: torch.device) -> bool:
@@ -93,7 +96,9 @@ def shrink(M: int, K: int, rank: int, dropout: bool, capability: tuple[int, int]
 
 
 def _dropout_shrink(capability: tuple[int, int]) -> tuple[tuple[int, int, int], ...]:
-    return _DROPOUT_SHRINK[MI300X if capability == MI300X else min(capability[0], 10)]
+    return _DROPOUT_SHRINK[
+        MI300X if capability == MI300X else capability[0] if capability[0] in _DROPOUT_SHRINK else 10
+    ]
 
 
 def backward_x(M: int, K: int, rank: int, dropout: bool, capability: tuple[int, int]) -> Tile:
@@ -122,6 +127,8 @@ def backward_y(M: int, N: int, rank: int, capability: tuple[int, int]) -> Tile:
     """
     stages = 2 if capability == MI300X else 3  # 70 KiB in float32, of 64
     warps = 4 if rank <= 32 or capability == MI300X else 8
+    if rank > 16 and capability in ((8, 6), (8, 9)):
+        warps, stages = 8, 2  # 134 registers, 38 KiB; at 4 warps 11 bytes spill where no sum is split
     return Tile(32, 256, warps, stages, _splits(blocks(N, 256), blocks(M, 32), 1, capability))
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from .tiles import Tile, are_known, blocks
+from .tiles import Tile, blocks, fit
 from .triton_interpret import interpret
 
 
@@ -27,9 +27,9 @@ def launch(
 
 
 @torch.compiler.assume_constant_result
-def has_tiles(device: torch.device) -> bool:
-    """`tiles.are_known`, a constant for a compiler. (Its decorator is too heavy for `import peftlib`.)"""
-    return are_known(device)
+def has_tiles(device: torch.device, dtype: torch.dtype) -> bool:
+    """`tiles.fit`, a constant for a compiler. (Its decorator is too heavy for `import peftlib`.)"""
+    return fit(device, dtype)
 
 
 @torch.compiler.assume_constant_result

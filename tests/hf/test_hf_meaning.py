@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from test_hf import assert_same, moved, quiet
 from torch import Tensor, nn
 
 import peftlib
 from peftlib import AdapterError, hf
 from support import helpers
+from support.peft_models import assert_same, quiet, shifted
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                          "num_attention_heads": 4}  # fmt: skip
@@ -114,7 +114,7 @@ def saved(make: Callable[[], Any], config: Any, folder: Any) -> Any:
     """peft's model, moved as training would; its files are in the folder."""
     with quiet():
         model = peft.get_peft_model(make(), copy.deepcopy(config))
-        moved(parameter for parameter in model.parameters() if parameter.requires_grad)
+        shifted(parameter for parameter in model.parameters() if parameter.requires_grad)
         model.eval().save_pretrained(str(folder))
     return model
 

@@ -8,12 +8,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from test_hf import assert_same, moved, quiet
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftlib import hf
 from support import helpers
+from support.peft_models import assert_same, quiet, shifted
 
 
 class Around(nn.Module):
@@ -133,7 +133,7 @@ def of_peft(model: Model, config: Any) -> Any:
     torch.manual_seed(1)
     with quiet():
         theirs = peft.get_peft_model(model.seeded(), copy.deepcopy(config))
-    moved(parameter for parameter in theirs.parameters() if parameter.requires_grad)
+    shifted(parameter for parameter in theirs.parameters() if parameter.requires_grad)
     return theirs.eval()
 
 

@@ -62,6 +62,7 @@ SHAPES = (
 def kernels_run(monkeypatch):
     """On the CPU in the interpreter; outputs start as NaN, so that what is not written is seen."""
     monkeypatch.setattr(dispatch, "MODE", "1" if DEVICE == "cuda" else "interpret")
+    monkeypatch.setattr(triton_runtime, "has_tiles", lambda device, dtype: True)  # float32 too, on any GPU
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -844,7 +845,7 @@ def test_of_amd_devices_only_those_with_tiles_of_their_own_run_kernels(name, kno
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(gcnArchName=name))
-    assert tiles.are_known(torch.device("cuda")) == known
+    assert tiles.fit(torch.device("cuda"), torch.float32) == known
 
 
 def test_an_nvidia_device_without_bfloat16_units_runs_no_kernels(monkeypatch):
@@ -852,7 +853,8 @@ def test_an_nvidia_device_without_bfloat16_units_runs_no_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, known in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        assert tiles.are_known(torch.device("cuda")) == known
+        assert tiles.fit(torch.device("cuda"), torch.bfloat16) == known
+        assert not tiles.fit(torch.device("cuda"), torch.float32), "it would spill"
 
 
 def test_an_mi300x_has_its_own_tiles(monkeypatch):

@@ -23,13 +23,12 @@ from peftlib.kernels.tiles import Tile
 from peftlib.kernels.triton_interpret import replaced
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
+    **{f"sm_{number}": GPUTarget("cuda", number, 32) for number in (80, 86, 89, 90, 100, 120)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-CAPABILITY = {"sm_80": (8, 0), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": (9, 4)}
+KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+SHARED_LIMIT = {target: size * 1024 for target, size in KIB.items()}
+CAPABILITY = {name: divmod(target.arch, 10) if name != "gfx942" else (9, 4) for name, target in TARGETS.items()}
 
 
 class _StandInDriver:
