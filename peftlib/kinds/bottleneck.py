@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import require_at_least, require_one_of, require_positive, require_probability, require_whole_number
 from .._core.adapter import Adapter, trainable_dtype
 from .._core.host import base_type
 from .._errors import AdapterError
@@ -169,14 +170,12 @@ def _features(host: nn.Module, position: str, dim: int | None, axis: int | None)
 def _width(width: int | None, reduction: float, size: int) -> int:
     if width is not None:
         return _whole("width", width)
-    if isinstance(reduction, bool) or not isinstance(reduction, (int, float)) or not 1 <= reduction < math.inf:
-        raise AdapterError(f"reduction={reduction!r}: the size is divided by a number of at least 1. Pass 16, say.")
+    require_at_least(1, "reduction", reduction, say=16)
     return max(1, int(size / reduction))
 
 
-def _whole(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise AdapterError(f"{name}={value!r}: a size is a whole number of at least 1. Pass {name}=64, say.")
+def _whole(name: str, value: Any) -> int:
+    require_whole_number(name, value, say=64)
     return value
 
 
@@ -193,13 +192,10 @@ def _check(activation: str, position: str, norm: str, scale: Any, dropout: Any, 
     for name, value, known in (
         ("activation", activation, ACTIVATIONS), ("position", position, _POSITIONS), ("norm", norm, _NORMS)
     ):  # fmt: skip
-        if value not in known:
-            raise AdapterError(f"{name}={value!r} is none of {', '.join(map(repr, known))}. Pass one of them.")
-    number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if scale != "learned" and not (number and 0 < scale < math.inf):
-        raise AdapterError(f'scale={scale!r}: the scale is a positive number or "learned". Pass scale=1.0, say.')
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise AdapterError(f"dropout={dropout!r}: the probability is in [0, 1). Pass dropout=0.1, say.")
+        require_one_of(known, name, value)
+    if scale != "learned":
+        require_positive("scale", scale, say='1.0 or "learned"')
+    require_probability("dropout", dropout)
     if not isinstance(residual, bool) or (position == "parallel" and not residual):
         raise AdapterError(
             f"residual={residual!r}: it is true or false, and in parallel the bottleneck is added to what the host "

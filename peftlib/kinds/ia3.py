@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import require_one_of
 from .._core.adapter import Adapter, trainable_dtype
 from .._core.host import base_type
 from .._errors import AdapterError
@@ -157,8 +158,7 @@ def _has_call_form(host: Any) -> bool:
 
 
 def _check(host: Any, on: str) -> None:
-    if on not in _SIDES:
-        raise AdapterError(f"on={on!r} is none of 'output', 'input'. Pass one of them.")
+    require_one_of(_SIDES, "on", on)
     with_inputs = isinstance(host, (nn.Linear, *_CONVS, *_TRANSPOSED)) or is_transposed_linear(host)
     found = type(host).__name__
     if not with_inputs and not isinstance(host, (*_LOOKUPS, *_NORMS, nn.MultiheadAttention)):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import require_one_of, require_positive, require_probability, require_whole_number
 from .._core.adapter import Adapter, trainable_dtype
 from .._core.host import runs_bare
 from .._core.override import tensors_of, weight_of
@@ -243,14 +244,10 @@ def _draw(shape: torch.Size, init: str) -> Tensor:
 
 
 def _check(rank: int, alpha: float, dropout: float, init: str) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise AdapterError(f"rank={rank!r}: the rank is a whole number of at least 1. Pass rank=8, say.")
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
-        raise AdapterError(f"alpha={alpha!r}: alpha is a positive number. Pass alpha=16, say.")
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise AdapterError(f"dropout={dropout!r}: the probability is in [0, 1). Pass dropout=0.1, say.")
-    if init not in _INITS:
-        raise AdapterError(f"init={init!r} is none of {', '.join(map(repr, _INITS))}. Pass one of them.")
+    require_whole_number("rank", rank, say=8)
+    require_positive("alpha", alpha, say=16)
+    require_probability("dropout", dropout)
+    require_one_of(_INITS, "init", init)
 
 
 def _require_singular_vectors(rank: int, out: int, inputs: int) -> None:

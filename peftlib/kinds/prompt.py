@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import require_whole_number
 from .._core.adapter import Adapter, trainable_dtype
 from .._errors import AdapterError
 from ._prompt_inputs import cut, lengthened
@@ -142,8 +143,7 @@ def _weight_of(host: Any) -> Tensor:
 
 
 def _check(length: int, init: str | Sequence[int]) -> None:
-    if not isinstance(length, int) or length < 1:
-        raise AdapterError(f"length={length!r}: a prompt has at least one vector. Use length=1 or more.")
+    require_whole_number("length", length, say=20)
     ids = not isinstance(init, str) and len(init) > 0 and all(isinstance(one, int) for one in init)
     if init not in ("normal", "vocabulary") and not ids:
         raise AdapterError(f'init={init!r} is unknown. Use "normal", "vocabulary", or a list of token ids.')

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._checks import require_positive
 from .._core.activate import activate
 from .._core.walk import in_eval_mode, require, require_unmerged
 from .._errors import AdapterError
@@ -65,8 +66,7 @@ def distill(
         >>> z = model(x)
         >>> loss = z.square().mean() + 0.5 * peftlib.distill(model, z, x)
     """
-    if not 0 < temperature < float("inf"):
-        raise AdapterError(f"distill: temperature={temperature!r} is not a positive number. Pass temperature=2, say.")
+    require_positive("temperature", temperature, say=2, where="distill")
     require_unmerged(require(model, teacher), "distill")
     with torch.no_grad(), activate(model, *teacher), in_eval_mode(model):
         z0 = output(model(*inputs, **keywords))

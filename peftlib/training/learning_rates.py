@@ -1,6 +1,5 @@
 """Learning rates by depth and over time: discriminative fine-tuning, and the slanted triangle."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from .._checks import require_at_least, require_positive
 from .._core.walk import adapters, require
 from .._errors import AdapterError
 from .layer_groups import LayerGroup
@@ -52,8 +52,7 @@ def discriminative_lr(
     if not groups:
         raise AdapterError("discriminative_lr: there is no group. Pass those of layer_groups(model).")
     for name, value in (("lr", lr), ("decay", decay)):
-        if not 0 < value < float("inf"):
-            raise AdapterError(f"discriminative_lr: {name}={value!r} is not a positive number. Pass {name}=2.6, say.")
+        require_positive(name, value, say=2.6, where="discriminative_lr")
     found: dict[tuple[int, float, bool], dict[str, Any]] = {}
     for depth, group in zip(reversed(range(len(groups))), groups, strict=True):
         for name, p in group.parameters.items():
@@ -109,8 +108,7 @@ class SlantedTriangular(LRScheduler):
                 f"SlantedTriangular: {cut_frac!r} of {total_steps} steps is no rise. Pass a share in (0, 1) that gives "
                 "at least one step."
             )
-        if not 1 <= ratio < float("inf"):
-            raise AdapterError(f"SlantedTriangular: ratio={ratio!r} is below 1. Pass ratio=32, say.")
+        require_at_least(1, "ratio", ratio, say=32, where="SlantedTriangular")
         self.cut, self.cut_frac, self.ratio = int(total_steps * cut_frac), cut_frac, ratio
         super().__init__(optimizer, last_epoch)
 
@@ -155,8 +153,7 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, name: str
         [('rest', 0.25), ('lora_B', 4.0)]
     """
     for what, value in (("lr", lr), ("ratio", ratio)):
-        if isinstance(value, bool) or not 0 < value < math.inf:
-            raise AdapterError(f"lora_plus_groups: {what}={value!r} is not a positive number. Pass {what}=1e-4, say.")
+        require_positive(what, value, say=1e-4, where="lora_plus_groups")
     require(model, () if name is None else (name,))
     faster: dict[int, nn.Parameter] = {}
     rest: dict[int, nn.Parameter] = {}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import require_at_least
 from .._core.targets import Targets, select
 from .._core.walk import in_eval_mode
 from .._errors import AdapterError
@@ -44,8 +45,8 @@ class L2SP(nn.Module):
         self, model: nn.Module, alpha: float = 0.1, beta: float = 0.01, *, new: Targets = (), targets: Targets = ()
     ) -> None:
         super().__init__()
-        _require_strength("alpha", alpha)
-        _require_strength("beta", beta)
+        require_at_least(0, "alpha", alpha, say=0.1)
+        require_at_least(0, "beta", beta, say=0.01)
         self.alpha, self.beta = alpha, beta
         self.__dict__["_model"] = model  # no child: a term of the loss owns no weight of the model
         self.new = list(_parameters(model, new)) if new else []
@@ -108,7 +109,7 @@ class EWC(nn.Module):
         targets: Targets = (),
     ) -> None:
         super().__init__()
-        _require_strength("strength", strength)
+        require_at_least(0, "strength", strength, say=100.0)
         self.strength = strength
         self.__dict__["_model"] = model  # no child: a term of the loss owns no weight of the model
         held = _parameters(model, targets)
@@ -193,8 +194,3 @@ def _watched(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[N
     finally:
         for p, on in flags:
             p.requires_grad_(on)
-
-
-def _require_strength(name: str, value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise AdapterError(f"{name}={value!r}: a strength is a finite number of at least 0. Pass {name}=0.1, say.")

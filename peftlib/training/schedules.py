@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from .._checks import require_at_least, require_whole_number
 from .._errors import AdapterError
 
 
@@ -56,7 +57,7 @@ def every(n: int) -> Schedule:
         >>> schedules.every(100).times(3)
         [100, 200, 300]
     """
-    _require_count("every", n)
+    require_whole_number("n", n, say=100, where="every")
     return Schedule(f"every {n}", lambda moves: [n * (at + 1) for at in range(moves)])
 
 
@@ -79,7 +80,7 @@ def milestones(counts: Sequence[int]) -> Schedule:
     """
     given = list(counts)
     for count in given:
-        _require_count("milestones", count)
+        require_whole_number("counts", count, say="[50, 300]", where="milestones")
     if given != sorted(given):
         raise AdapterError(f"milestones: {given} does not rise. Sort it.")
     return Schedule(f"at {', '.join(map(str, given))}", lambda moves: given)
@@ -148,9 +149,8 @@ def plateau(patience: int, *, highest: bool = False, threshold: float = 0.0, res
         >>> schedules.plateau(3, highest=True).text
         'when the metric has not risen for 3'
     """
-    _require_count("plateau", patience)
-    if not 0 <= threshold < math.inf:
-        raise AdapterError(f"plateau: threshold={threshold!r} is negative or not finite. Pass threshold=0.0, say.")
+    require_whole_number("patience", patience, say=3, where="plateau")
+    require_at_least(0, "threshold", threshold, say=0.0, where="plateau")
     text = f"when the metric has not {'risen' if highest else 'fallen'} for {patience}"
     return Schedule(text, None, patience, highest, threshold, restore)
 
@@ -175,7 +175,7 @@ def chain_thaw(schedule: Schedule) -> Schedule:
 
 
 def _over(name: str, budget: int, inverse: Callable[[float], float]) -> Schedule:
-    _require_count(name, budget)
+    require_whole_number("budget", budget, say=400, where=name)
 
     def times(moves: int) -> list[int]:
         if budget <= moves:
@@ -185,8 +185,3 @@ def _over(name: str, budget: int, inverse: Callable[[float], float]) -> Schedule
         return [max(1, round(budget * inverse(at / (moves + 1)))) for at in range(1, moves + 1)]
 
     return Schedule(f"{name} over {budget}", times)
-
-
-def _require_count(name: str, count: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise AdapterError(f"{name}: {count!r} is not a whole number of at least 1. Pass {name}(100), say.")

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, no_grad
 from torch.optim import Optimizer
 
+from .._checks import require_whole_number
 from .._errors import AdapterError
 from .frozen import Switch, require_reduced
 from .layer_groups import SCHEDULED, LayerGroup, require_all, require_apart
@@ -269,8 +270,7 @@ class Warmup:
     """How many steps each group has taken since it was unfrozen, and the rate that this gives it."""
 
     def __init__(self, groups: Sequence[LayerGroup], optimizer: Optimizer | None, steps: int) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise AdapterError(f"warmup={steps!r} is not a whole number of at least 0. Pass warmup=100, say.")
+        require_whole_number("warmup", steps, least=0, say=100)
         if steps and optimizer is None:
             raise AdapterError(f"warmup={steps}: there is no optimizer to warm up. Pass optimizer=.")
         self.optimizer, self.steps = optimizer, steps

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._checks import require_whole_number
 from ..._core.activate import activate
 from ..._core.adapter import Adapter, trainable_dtype
 from ..._core.host import base_type
@@ -213,9 +214,8 @@ def _recording(prefix: Prefix) -> Iterator[list[Tensor]]:
 
 
 def _check(length: int, reparametrize: int | None, init: str) -> None:
-    if not isinstance(length, int) or length < 1:
-        raise AdapterError(f"length={length!r}: a prefix has at least one key. Use length=1 or more.")
-    if reparametrize is not None and (not isinstance(reparametrize, int) or reparametrize < 1):
-        raise AdapterError(f"reparametrize={reparametrize!r} is no width. Use a whole number from 1, or None.")
+    require_whole_number("length", length, say=10)
+    if reparametrize is not None:
+        require_whole_number("reparametrize", reparametrize, say="512, or None")
     if init != "normal":
         raise AdapterError(f'init={init!r} is unknown. Use "normal", and start_from for the activations of tokens.')
