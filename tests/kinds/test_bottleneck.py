@@ -94,7 +94,7 @@ def test_the_size_comes_from_the_host(host, sizes):
         adapter = Bottleneck(host, width=3, position=position)
         assert adapter.down_weight.shape == (3, reads)
         assert adapter.up_weight.shape == (outputs, 3)
-        assert adapter.features.axis == axis
+        assert adapter.features[2] == axis
 
 
 @pytest.mark.parametrize(("size", "reduction", "width"), [(64, 16, 4), (8, 16, 1), (50, 3, 16), (10, 2.5, 4)])
