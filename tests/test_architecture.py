@@ -42,7 +42,7 @@ FILES = {
     "_core": [
         "targets override table foreign containers reads",
         "quantized adapter",
-        "clone",
+        "clone guesses",
         "host",
         "walk",
         "merged_weights",

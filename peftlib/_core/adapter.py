@@ -41,6 +41,7 @@ class Adapter(nn.Module):
         ...     _ = model(torch.ones(1, 4))
     """
 
+    __signature__: inspect.Signature
     name: str
     config: dict[str, Any]
     replaces: tuple[str, ...] = ()
@@ -57,6 +58,17 @@ class Adapter(nn.Module):
                 f"kinds by name. Rename {cls.__module__}.{cls.__qualname__}."
             )
         KINDS[cls.__name__] = cls
+        _, *own = inspect.signature(cls.__init__).parameters.values()
+        cls.__signature__ = inspect.Signature(own)  # else that of __new__, which is the same for all
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if not args and kwargs and next(iter(signature_of(cls).parameters), None) not in kwargs:
+            said = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+            raise AdapterError(
+                f"{cls.__name__}({said}): an adapter is made around a module of the model, and none was given. Pass "
+                f"the class: peftlib.inject(model, targets, {cls.__name__}, {said})."
+            )
+        return super().__new__(cls)
 
     def forward(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward pass; `call(*args, **kwargs)` is what the host would do by itself, with what nests inside."""
@@ -159,7 +171,7 @@ def as_weights(host: nn.Module, folded: Mapping[str, Tensor]) -> dict[str, Tenso
 
 def full_config(kind: type[Adapter], config: dict[str, Any]) -> dict[str, Any]:
     """The keywords with the constructor's defaults filled in, as they are saved: later defaults change no old file."""
-    bound = _signature(kind).bind(None, **config)
+    bound = signature_of(kind).bind(None, **config)
     bound.apply_defaults()
     _, *given = bound.arguments.items()
     full = {key: _dtype_name(value) for key, value in _flattened(kind, given)}
@@ -173,13 +185,13 @@ def full_config(kind: type[Adapter], config: dict[str, Any]) -> dict[str, Any]:
     return full
 
 
-_signature = functools.cache(inspect.signature)  # 0.12 ms a call, and one is made for every host
+signature_of = functools.cache(inspect.signature)  # 0.12 ms a call, and one is made for every host
 
 
 def _flattened(kind: type[Adapter], given: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """Keywords that the constructor collects (`**kwargs`) stand beside the named ones."""
     for key, value in given:
-        collects = _signature(kind).parameters[key].kind is inspect.Parameter.VAR_KEYWORD
+        collects = signature_of(kind).parameters[key].kind is inspect.Parameter.VAR_KEYWORD
         yield from value.items() if collects else [(key, value)]
 
 

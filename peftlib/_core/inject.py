@@ -12,6 +12,7 @@ from .adapter import Adapter, full_config
 from .clone import clone
 from .foreign import fast_paths_around, present
 from .freeze import freeze_base, statistics_held
+from .guesses import require_keywords, require_kind
 from .host import (
     Adapters,
     adapters_of,
@@ -61,8 +62,9 @@ def inject(
 
     Args:
         model: any module; it is changed in place and stays the same object.
-        targets: a glob on the whole name or a dotted suffix ("q_proj", "layers.[0-3].*.q_proj"), a module type, a
-            predicate(name, module), or a list of these. Each must match at least one module.
+        targets: a glob on the whole name or a dotted suffix ("q_proj", "layers.[0-3].*.q_proj"), on the whole name
+            alone where it begins with ^ ("^conv1"; "^" is the model itself), a module type, a predicate(name, module),
+            or a list of these. Each must match at least one module.
         kind: `LoRA`, `Full`, or a subclass of `Adapter` of your own.
         name: of the adapter; one name is activated, saved, merged and ejected together.
         exclude: targets to leave out.
@@ -108,15 +110,27 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
 
 def require_changeable(model: nn.Module, doing: str) -> None:
     """Adapters come and go only while the base is unmerged and the model has one face."""
+    require_uncompiled(model, doing)
     for selection in {id(s): s for _, host in hosts(model) for s in [adapters_of(host).selection]}.values():
         require_no_views(selection, doing)
         require_unmerged(selection, doing)
+
+
+def require_uncompiled(model: nn.Module, doing: str) -> None:
+    """The wrapper of `torch.compile` is a model of one child, whose name would stand before all names in a file."""
+    if isinstance(model._modules.get("_orig_mod"), nn.Module):
+        raise AdapterError(
+            f"{doing}: {type(model).__name__} is what torch.compile made of a model. Call {doing} on the model itself, "
+            "and torch.compile after it."
+        )
 
 
 def parts_to_inject(
     model: nn.Module, targets: Targets, kind: type[Adapter], exclude: Targets, config: dict[str, Any]
 ) -> list[Part]:
     require_kind(kind)
+    require_keywords(kind, config)
+    require_uncompiled(model, "inject")
     named = candidates(model, aliases=True)
     hits = {id(module): module for _, module in select(named, targets, exclude)}
     first_named = candidates(model)
@@ -163,11 +177,6 @@ def _on_meta(part: Part) -> Adapter:
         if "meta" not in str(error):
             raise
         return _on_host(part)  # this kind reads its host's values
-
-
-def require_kind(kind: Any) -> None:
-    if not (isinstance(kind, type) and issubclass(kind, Adapter)):
-        raise TypeError(f"kind: expected a subclass of peftlib.Adapter such as peftlib.LoRA, found {kind!r}")
 
 
 def require_name(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Targets: from names, types and predicates to modules, with the nearest names when nothing matches."""
+"""Targets: from names, types and predicates to modules, and what was meant where nothing matches."""
 
 import difflib
 import fnmatch
@@ -13,6 +13,7 @@ from .._errors import AdapterError
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Targets = Target | Sequence[Target]
 Named = tuple[str, nn.Module]
+_OF_EXPRESSIONS = (".*", ".+", "\\", "(", "|", "$")
 
 
 def select(candidates: Sequence[Named], targets: Targets, exclude: Targets = ()) -> list[Named]:
@@ -28,6 +29,7 @@ def select(candidates: Sequence[Named], targets: Targets, exclude: Targets = ())
 def _matches(candidates: Sequence[Named], targets: Targets, where: str) -> list[Named]:
     hits: set[int] = set()
     for target in _as_list(targets, where):
+        _require_target(target, candidates, where)
         test = _test(target, where)
         found = {id(module) for name, module in candidates if test(name, module)}
         if not found:
@@ -44,6 +46,23 @@ def _as_list(targets: Targets, where: str) -> list[Target]:
     return [targets]  # pyright: ignore[reportReturnType]
 
 
+def _require_target(target: Any, candidates: Sequence[Named], where: str) -> None:
+    """Both can be called, or stand for names elsewhere, and would fail in ways that say nothing."""
+    if isinstance(target, re.Pattern):
+        raise AdapterError(
+            f"{where}: {target.pattern!r} is a compiled regular expression, and names here are globs. "
+            f"{_as_predicate(target.pattern)}"
+        )
+    if isinstance(target, nn.Module):
+        names = [name or "^" for name, module in candidates if module is target]
+        found = f"{where}: a module itself was passed, a {type(target).__name__}"
+        raise AdapterError(
+            f"{found} of this model. Pass its name, {names[0]!r}."
+            if names
+            else f"{found} that is not in this model. Pass the name of one that is."
+        )
+
+
 def _test(target: Any, where: str) -> Callable[[str, nn.Module], bool]:
     if isinstance(target, str):
         matches = _glob(target)
@@ -56,7 +75,9 @@ def _test(target: Any, where: str) -> Callable[[str, nn.Module], bool]:
 
 
 def _glob(pattern: str) -> Callable[[str], re.Match[str] | None]:
-    return re.compile(rf"(?s:.*\.)?{fnmatch.translate(pattern)}").match
+    """On the whole name where it begins with ^, which then is not part of the glob, else on a dotted suffix too."""
+    anywhere = "" if pattern.startswith("^") else r"(?s:.*\.)?"
+    return re.compile(anywhere + fnmatch.translate(pattern.removeprefix("^"))).match
 
 
 def _describe(target: Target) -> str:
@@ -73,10 +94,37 @@ def _advice(target: Target, candidates: Sequence[Named]) -> str:
         return f"The model is made of {', '.join(kinds[:12])}."
     if not isinstance(target, str):
         return "Check the predicate: it is called with (name, module) for every module."
-    near = list(_near_misses(target, [name for name, _ in candidates if name]))
+    if target.lower().replace("_", "-") == "all-linear":
+        return _instead_of_all_linear(candidates)
+    names = [name for name, _ in candidates if name]
+    meant = _matched_as_expression(target, names)
+    if meant:
+        return f"As a regular expression it would match {len(meant)}, {meant[0]!r} the first. {_as_predicate(target)}"
+    near = list(_near_misses(target.removeprefix("^"), names))
     if not near:
         return "The model has no named submodules. Pass a type or a predicate."
     return f"The nearest names are {', '.join(map(repr, near))}. Correct the pattern or drop it."
+
+
+def _instead_of_all_linear(candidates: Sequence[Named]) -> str:
+    """HF peft leaves out the output layer, which it finds by asking a transformers model; this asks the user."""
+    linears = [name for name, module in candidates if isinstance(module, nn.Linear)]
+    head = f", and exclude={linears[-1]!r} if that is the output layer" if linears else ""
+    return f"For every Linear pass the type, torch.nn.Linear{head}."
+
+
+def _matched_as_expression(pattern: str, names: Sequence[str]) -> list[str]:
+    """What HF peft would take it for: the whole of a name."""
+    if not any(mark in pattern for mark in _OF_EXPRESSIONS):
+        return []
+    try:
+        return [name for name in names if re.fullmatch(pattern, name)]
+    except re.error:
+        return []
+
+
+def _as_predicate(pattern: str) -> str:
+    return f"Pass a list of globs, or lambda name, module: re.fullmatch({pattern!r}, name)."
 
 
 def _near_misses(pattern: str, names: Sequence[str]) -> Iterator[str]:

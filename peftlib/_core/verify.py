@@ -38,17 +38,19 @@ class Verification:
         )
 
 
-def verify(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Verification:
+def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **named_inputs: Any) -> Verification:
     """Runs the model once forward and backward and says which active adapters do nothing.
 
     An adapter is named when it did not run, when no gradient reached it, or when a factor is dead: all zero and with
     an all-zero gradient, also after a step of the others, so that no step can move it. A base parameter that still
-    trains is named too, and a buffer of the base that moves. Gradients, random state, training flags and buffers are as
+    trains is named too, and a buffer of the base that moves; and an adapter that the optimizer does not have, for it
+    was made before `inject`, or loaded since. Gradients, random state, training flags and buffers are as
     they were.
 
     Args:
         model: a model with adapters.
         *inputs: what the model is called with.
+        optimizer: that trains the adapters, for it to be checked too; default none.
         **named_inputs: keywords of that call.
 
     Returns:
@@ -77,7 +79,8 @@ def verify(model: nn.Module, *inputs: Any, **named_inputs: Any) -> Verification:
                 later = _run_backward(model, active, inputs, named_inputs)
         with in_eval_mode(model):
             difference = _difference(model, active, inputs, named_inputs)
-    return Verification((*_adapter_problems(active, ran, later), *_base_problems(model, moved)), difference)
+    problems = *_adapter_problems(active, ran, later), *_untrained(active, optimizer), *_base_problems(model, moved)
+    return Verification(problems, difference)
 
 
 Named = tuple[str, str, Adapter]
@@ -178,6 +181,20 @@ def _factor_problems(
         yield f"{where} got no gradient: every one is zero. Look for a factor of zero behind it."
     for key in (key for key, gradient in by_key.items() if gradient is None and key not in dead):
         yield f"{where}: {key} got no gradient, for the host does not read it. Leave it out."
+
+
+def _untrained(active: list[Named], optimizer: Any) -> Iterator[str]:
+    if optimizer is None:
+        return
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for host, name, adapter in active:
+        absent = [key for key, p in adapter.named_parameters() if p.requires_grad and id(p) not in known]
+        if absent:
+            where = f'"{name}" on {host or "the root"} ({type(adapter).__name__})'
+            yield (
+                f"{where}: {type(optimizer).__name__} does not have its {', '.join(absent)}. Make the optimizer after "
+                "inject, over peftlib.parameters(model)."
+            )
 
 
 def _base_problems(model: nn.Module, moved: list[str]) -> Iterator[str]:

@@ -86,6 +86,11 @@ def require(model: nn.Module, names: Iterable[str] = ()) -> Selection:
         raise AdapterError(f"{type(model).__name__} has no adapters. Put some in first: peftlib.inject(model, ...).")
     selection = share_selection(model)
     for name in names:
+        if not isinstance(name, str):
+            raise AdapterError(
+                f"{name!r} is no name of an adapter. Pass each name as an argument of its own: activate(model, "
+                f"{', '.join(map(repr, selection.count))})."
+            )
         if name not in selection.count:
             known = ", ".join(map(repr, selection.count))
             raise AdapterError(f"{type(model).__name__} has no adapter named {name!r}. It has {known}.")

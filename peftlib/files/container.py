@@ -23,6 +23,15 @@ from .header import FORMAT, Header, parse, shown, strict_json
 _KEY = "peftlib"
 _SUM = "peftlib.sha256"
 
+_CONFIG_OF_PEFT = "adapter_config.json"
+_TOOLS = {
+    r"^base_model\.model\.": "peft",
+    r"\.lora_(down|up)\.weight$": "kohya",
+    r"\.lora\.(down|up)\.weight$|\.lora_[AB]\.weight$": "diffusers",
+    r"\.lora_[ab]\.weight$": "torchtune",
+    r"\.lora_[AB]$": "loralib",
+}
+
 Path = str | os.PathLike[str]
 
 
@@ -56,6 +65,8 @@ def read_header(path: Path) -> Header:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
+    if os.path.isfile(os.path.join(path, _CONFIG_OF_PEFT)):
+        raise AdapterError(f"{os.fspath(path)}: a directory of HF peft. Call peftlib.hf.load(model, directory).")
     _require_plain(path)
     with open(path, "rb") as raw:  # a missing or unreadable file raises OSError, not a parser's error
         try:
@@ -76,9 +87,7 @@ def _unsound(path: Path, error: Exception) -> AdapterError:
 def header_of(file: Any, path: Path) -> Header:
     text = (file.metadata() or {}).get(_KEY)
     if text is None:
-        raise AdapterError(
-            f"{os.fspath(path)}: a safetensors file without peftlib's header. Load it with the tool that wrote it."
-        )
+        raise AdapterError(f"{os.fspath(path)}: a safetensors file without peftlib's header. {_loader_of(file, path)}")
     header = parse(text, os.fspath(path))
     tensors = listed(file)
     parts = sum(map(len, header["hosts"].values()))
@@ -88,6 +97,18 @@ def header_of(file: Any, path: Path) -> Header:
             "Save it again from its model."
         )
     return {**header, "tensors": tensors}
+
+
+def _loader_of(file: Any, path: Path) -> str:
+    """By the names of its tensors, which tell most tools apart."""
+    found = (tool for names, tool in _TOOLS.items() if any(re.search(names, key) for key in listed(file)))
+    layout = next(found, None)
+    if layout is None:
+        return "Load it with the tool that wrote it."
+    if layout == "peft":
+        folder = os.path.dirname(os.fspath(path)) or "."
+        return f"Its names are those of HF peft. Call peftlib.hf.load(model, {folder!r})."
+    return f'Its names are those of {layout}. Call peftlib.exchange.load(model, path, "{layout}").'
 
 
 def listed(file: Any) -> dict[str, dict[str, Any]]:

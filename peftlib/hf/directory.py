@@ -1,6 +1,7 @@
 """Directories of HF peft, read and written whole, and its configurations put into a model."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,6 +75,7 @@ def load(
         ['0']
     """
     where = os.fspath(directory)
+    _require_no_name_of_the_hub(where)
     config = read_config(os.path.join(where, NAME))
     path = os.path.join(where, _WEIGHTS)
     if not os.path.exists(path) and os.path.exists(os.path.join(where, "adapter_model.bin")):
@@ -85,6 +87,16 @@ def load(
         tensors = FileTensors(at, lambda key: read_tensor(file, names[key]), path, names)
         parts = _parts(modules, config, tensors, path)
     return install_parts(model, parts, name, path, modules.by_name.values(), shared=shared(modules, config, parts))
+
+
+def _require_no_name_of_the_hub(where: str) -> None:
+    """ "org/name" where there is not even a folder "org"."""
+    owner, _, name = where.partition("/")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", where) and name and not os.path.exists(owner):
+        raise AdapterError(
+            f"{where}: there is no such folder, and nothing is downloaded here. If it is a name on the Hugging Face "
+            f"Hub, download it first: hf.load(model, huggingface_hub.snapshot_download({where!r}))."
+        )
 
 
 def _parts(modules: Modules, config: Config, tensors: FileTensors | None, where: str) -> list[Part]:

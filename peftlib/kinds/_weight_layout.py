@@ -101,8 +101,16 @@ def matrices_of(host: nn.Module) -> list[str]:
         return ["weight"]
     own = {name: tuple(p.shape) for name, p in host.named_parameters(recurse=False)}
     wide = [name for name, shape in own.items() if len(shape) >= 2]
-    advice = f"Pass param={wide[0]!r}" if wide else "Use Full for vectors, or target a module that has a matrix"
+    advice = f"Pass param={wide[0]!r}" if wide else _inside(host)
     raise AdapterError(f"{type(host).__name__} has no `weight` matrix (its parameters: {own or 'none'}). {advice}.")
+
+
+def _inside(host: nn.Module) -> str:
+    weights = ((type(module).__name__, getattr(module, "weight", None)) for module in host.modules())
+    found = sorted({name for name, weight in weights if isinstance(weight, Tensor) and weight.dim() >= 2})
+    if found:
+        return f"Target modules inside it, by name or type: it has {', '.join(found)}"
+    return "Use Full for vectors, or target a module that has a matrix"
 
 
 def principal_pair(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

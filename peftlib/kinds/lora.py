@@ -142,7 +142,10 @@ class LoRA(Adapter):
     def split(cls, host: nn.Module, inner: str, config: dict[str, Any]) -> list[dict[str, Any]]:
         param = config.get("param") or matrices_of(host.get_submodule(inner))
         names = [param] if isinstance(param, str) else param
-        return [{**config, "param": f"{inner}.{name}".lstrip(".")} for name in names]
+        configs = [{**config, "param": f"{inner}.{name}".lstrip(".")} for name in names]
+        for one in configs if type(config.get("rank")) is int else ():
+            _require_low_rank(host, one["param"], one["rank"])
+        return configs
 
     def __getstate__(self) -> dict[str, Any]:
         """A pickle holds what was chosen for the host by name, so that it can be loaded after a function has moved."""
@@ -248,6 +251,21 @@ def _check(rank: int, alpha: float, dropout: float, init: str) -> None:
     require_positive("alpha", alpha, say=16)
     require_probability("dropout", dropout)
     require_one_of(_INITS, "init", init)
+
+
+def _require_low_rank(host: nn.Module, param: str, rank: int) -> None:
+    """Of what a user asks for; a file of another tool may hold such a pair, and a default that is too high is ours."""
+    _matrix_named(host, param)
+    shape = weight_shape(host, param)
+    shape_A, shape_B = form_of(host, param, shape).shapes(shape, 1)
+    A, B = form_of(host, param, shape).pair(torch.empty(shape_A, device="meta"), torch.empty(shape_B, device="meta"))
+    inputs, out = A.shape[-1], B.shape[-2]
+    if rank > min(inputs, out):
+        raise AdapterError(
+            f"rank={rank} is larger than min(in, out)={min(inputs, out)} of {type(host).__name__}.{param}, which is "
+            f"[{out}, {inputs}] as a matrix. Use rank<={min(inputs, out)}, or exclude it: peftlib.Full there trains "
+            "fewer parameters."
+        )
 
 
 def _require_singular_vectors(rank: int, out: int, inputs: int) -> None:

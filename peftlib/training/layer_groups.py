@@ -36,10 +36,16 @@ class LayerGroup:
         return f"LayerGroup({self.name!r}, {sum(p.numel() for p in self.parameters.values()):,})"
 
 
+def require_groups(where: str, groups: Any) -> None:
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, LayerGroup) for group in groups):
+        found = type(groups).__name__ if not isinstance(groups, (list, tuple)) else "a list of other things"
+        raise AdapterError(f"{where}: expected layer groups, found {found}. Pass those of layer_groups(model).")
+    if not groups:
+        raise AdapterError(f"{where}: there is no group. Pass those of layer_groups(model).")
+
+
 def require_apart(groups: Sequence[LayerGroup]) -> None:
     """Each parameter is in one group, and trains."""
-    if not groups:
-        raise AdapterError("GradualUnfreezing: there is no group. Pass those of layer_groups(model).")
     owner: dict[int, str] = {}
     for group in groups:
         for name, p in group.parameters.items():

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from .._checks import require_at_least, require_positive
 from .._core.walk import adapters, require
 from .._errors import AdapterError
-from .layer_groups import LayerGroup
+from .layer_groups import LayerGroup, require_groups
 
 
 def discriminative_lr(
@@ -49,8 +49,7 @@ def discriminative_lr(
         >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
         [('0', 1.0), ('1', 2.6)]
     """
-    if not groups:
-        raise AdapterError("discriminative_lr: there is no group. Pass those of layer_groups(model).")
+    require_groups("discriminative_lr", groups)
     for name, value in (("lr", lr), ("decay", decay)):
         require_positive(name, value, say=2.6, where="discriminative_lr")
     found: dict[tuple[int, float, bool], dict[str, Any]] = {}

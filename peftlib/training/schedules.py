@@ -129,7 +129,7 @@ def cosine(budget: int) -> Schedule:
 def plateau(patience: int, *, highest: bool = False, threshold: float = 0.0, restore: bool = False) -> Schedule:
     """One more group whenever the metric that `step` is given has not improved for a while.
 
-    Calls of `step` without a metric do not count. On several ranks, give all of them the same metric.
+    Call `step(metric)` after each evaluation, and not in between. On several ranks, give all of them the same metric.
 
     Args:
         patience: how many metrics in a row without a new best.

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from .._checks import require_whole_number
 from .._errors import AdapterError
 from .frozen import Switch, require_reduced
-from .layer_groups import SCHEDULED, LayerGroup, require_all, require_apart
+from .layer_groups import SCHEDULED, LayerGroup, require_all, require_apart, require_groups
 from .schedules import Schedule
 from .unfreezing_plan import Plan
 
@@ -76,7 +76,9 @@ class GradualUnfreezing:
     ) -> None:
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner  # accelerate and Lightning hand out wrappers
+        require_groups("GradualUnfreezing", groups)
         require_apart(groups)
+        _require_schedule(schedule)
         if optimizer is not None:
             require_all(groups, optimizer)
         self.groups, self.schedule = list(groups), schedule
@@ -111,8 +113,8 @@ class GradualUnfreezing:
             metric: what a `plateau` schedule goes by.
 
         Raises:
-            AdapterError: a metric for a schedule that goes by the count, a schedule that was removed, a
-                DistributedDataParallel that was made after the freezing.
+            AdapterError: a metric for a schedule that goes by the count, none for a `plateau`, a schedule that was
+                removed, a DistributedDataParallel that was made after the freezing.
         """
         if self._removed:
             raise AdapterError("step: this schedule was removed, or another took its place. Call step of that one.")
@@ -120,9 +122,13 @@ class GradualUnfreezing:
             require_reduced(self.groups)
             self._checked = True
         if self._counts is None:
+            if metric is None:
+                raise AdapterError(
+                    f'step: "{self.schedule.text}" goes by a metric, and none was given. Call step(metric) after each '
+                    "evaluation, and not in between."
+                )
             self._count += 1
-            if metric is not None:
-                self._judge(float(metric))
+            self._judge(float(metric))
             return
         if metric is not None:
             raise AdapterError(f'step: "{self.schedule.text}" goes by the count alone. Call step() without a metric.')
@@ -209,6 +215,17 @@ class GradualUnfreezing:
             for p in group.parameters.values():
                 SCHEDULED.pop(p, None)
         self._removed = True
+
+
+def _require_schedule(schedule: Any) -> None:
+    if isinstance(schedule, Schedule):
+        return
+    found = f"GradualUnfreezing: schedule={schedule!r} is none"
+    if isinstance(schedule, int):
+        raise AdapterError(f"{found}. Pass peftlib.schedules.every({schedule}) for one more group after so many steps.")
+    if isinstance(schedule, (list, tuple)):
+        raise AdapterError(f"{found}. Pass peftlib.schedules.milestones({list(schedule)}).")
+    raise AdapterError(f"{found}. Pass one of peftlib.schedules, such as peftlib.schedules.every(100).")
 
 
 def _take_over(new: GradualUnfreezing) -> None:
