@@ -54,7 +54,8 @@ FILES = {
     ],
     "kinds": [
         "_weight_layout _hidden_states _prompt_inputs",
-        "_low_rank _features",
+        "_low_rank _probe",
+        "_features",
         "lora full bottleneck ia3 prompt prefix",
         "dora",
     ],

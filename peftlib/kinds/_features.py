@@ -1,10 +1,12 @@
-"""How many features go into a module and come out of it, and along which axis, where its type says so."""
+"""How many features go into a module and come out of it, and along which axis: by its type, by a call, by its parts."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
+from ._probe import probed
 from ._weight_layout import is_transposed_linear
 
 
@@ -23,6 +25,9 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 _INSTANCE_NORMS = {nn.InstanceNorm1d: -2, nn.InstanceNorm2d: -3, nn.InstanceNorm3d: -4}
 # Modules of torch after which, in a Sequential, there are as many features as before.
 _KEEPS_FEATURES = {f"torch.nn.modules.{name}" for name in ("activation", "dropout", "pooling")}
+# Linear layers that weigh experts or features: nothing comes out of a block as they leave it.
+_CHOOSES = re.compile(r"(^|[._])(gate|router|gating)(\.|$)")
+_TRIED = 4  # sizes, of which one is nearly always right at once
 # Where blocks of other libraries say how wide they are.
 _WIDTHS = ("out_features", "embed_dim", "hidden_size", "d_model", "embedding_dim")
 
@@ -35,20 +40,53 @@ def features_of(host: nn.Module) -> Features:
     if is_transposed_linear(host):
         inputs, outputs = host.get_parameter("weight").shape
         return Features(inputs, outputs)
-    width = _width(host)
+    return _found_inside(host)
+
+
+def _found_inside(host: nn.Module) -> Features:
+    """Of a class that is not known: a call of it, else its last projection, else what it says of itself."""
+    projections = [(name, features_of(m)) for name, m in host.named_modules() if m is not host and _projects(m)]
+    norms = [_norm_size(module) for module in host.modules()]
+    said = [*_said(host)]
+    around = [size for size in (*norms, *said) if size is not None]
+    first = next((found for _, found in projections if found.inputs is not None), None)
+    inputs = [found.inputs for _, found in projections if found.inputs is not None]
+    outputs = [found.outputs for _, found in projections if found.outputs is not None]
+    at_first = first is not None and first.axis != -1
+    probe = probed(host, _distinct([*inputs[:1], *around, *inputs]), _distinct([*outputs, *around]), at_first)
+    if probe is not None:
+        return Features(*probe)
+    last = [found for name, found in projections if found.inputs is not None and not _CHOOSES.search(name)]
+    for found in reversed(last or [found for _, found in projections]):
+        axis = -1 if any(other.axis == -1 for _, other in projections) else found.axis
+        return Features(first.inputs if first else None, found.outputs, axis)
+    width = next(iter(around), None)
     return Features(width, width)
 
 
-def _width(host: Any) -> int | None:
+def _projects(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Bilinear, nn.Embedding, *_CONVS)) or is_transposed_linear(module)
+
+
+def _said(host: Any) -> Iterator[int]:
     """A block of transformers often leaves the configuration to what is inside it."""
     configs = (getattr(module, "config", None) for module in host.modules())
     said = [getattr(config, "hidden_size", None) for config in configs if config is not None]
-    for value in (*said[:1], *(getattr(host, name, None) for name in _WIDTHS)):
+    for value in (*(getattr(host, name, None) for name in _WIDTHS), *said[:1]):
         if isinstance(value, int):
-            return value
-    weight = host._parameters.get("weight")
-    is_norm = isinstance(weight, Tensor) and weight.dim() == 1 and not list(host.children())
-    return len(weight) if is_norm else None
+            yield value
+
+
+def _norm_size(module: nn.Module) -> int | None:
+    """Of a norm, or of a scale of its own for each feature."""
+    if module._modules:
+        return None
+    vectors = [p for p in module._parameters.values() if p is not None and p.dim() == 1]
+    return len(vectors[0]) if vectors else None
+
+
+def _distinct(sizes: list[Any]) -> list[int]:
+    return [*dict.fromkeys(sizes)][:_TRIED]
 
 
 def _convolution(host: Any) -> Features:

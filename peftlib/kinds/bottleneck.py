@@ -43,12 +43,12 @@ class Bottleneck(Adapter):
         dropout: probability, in [0, 1), of dropping an activation of the bottleneck, in training.
         residual: whether f's own input is added to s f(y), as in the papers. Without it s f(y) takes the place of y and
             the projections start as those of any layer do, so inserting changes the output. Parallel adds to y always.
-        dim: the size of x and y, where the host does not say it.
-        axis: of the features in x and y; default what the host's type says, else the last one.
+        dim: the size of x and y; default what the host's type says, or a call of it on the meta device, or its layers.
+        axis: of the features in x and y; default as for `dim`, else the last one.
         dtype: of the parameters; default the host's own, or float32 beside half precision.
 
     Raises:
-        AdapterError: a size that the host does not say, values out of range, `residual=False` in parallel; and in the
+        AdapterError: a size that cannot be found, values out of range, `residual=False` in parallel; and in the
             call, hidden states that are absent or of another size.
 
     Example:
