@@ -78,7 +78,9 @@ def distill(
         )
     wide = torch.promote_types(z.dtype, torch.float32)
     log_p, log_p0 = (F.log_softmax(each.to(wide) / temperature, -1) for each in (z, z0))
-    divergence = F.kl_div(log_p, log_p0, reduction="none", log_target=True).sum(-1)
+    impossible = log_p0.exp() == 0  # to the base, as a masked class is: its term is 0, where -inf - -inf would be NaN
+    log_p, log_p0 = (each.masked_fill(impossible, 0.0) for each in (log_p, log_p0))
+    divergence = F.kl_div(log_p, log_p0, reduction="none", log_target=True).masked_fill(impossible, 0.0).sum(-1)
     return temperature**2 * _mean(divergence, mask)
 
 

@@ -57,7 +57,7 @@ class L2SP(nn.Module):
         """Returns:
         Tensor: Ω, a scalar in float32 or wider.
         """
-        now = dict(self._model.named_parameters())
+        now = _held_now(self._model, "L2SP", self.start, self.new)
         terms = [_square(now[name] - w0).sum() * (self.alpha / 2) for name, w0 in _named(self.start)]
         return _total(terms + [_square(now[name]).sum() * (self.beta / 2) for name in self.new])
 
@@ -122,7 +122,7 @@ class EWC(nn.Module):
         """Returns:
         Tensor: Ω, a scalar in float32 or wider.
         """
-        now, start = dict(self._model.named_parameters()), dict(_named(self.start))
+        now, start = _held_now(self._model, "EWC", self.start), dict(_named(self.start))
         terms = [(F * _square(now[name] - start[name])).sum() for name, F in _named(self.fisher)]
         return _total(terms) * (self.strength / 2)
 
@@ -141,12 +141,37 @@ def _values(tensors: dict[str, Any]) -> nn.Module:
     """Copies, as buffers of a module: they follow `to` and are in its `state_dict`."""
     copies = nn.Module()
     for name, tensor in tensors.items():
-        copies.register_buffer(name.replace(".", "/"), tensor.detach().clone())
+        copies.register_buffer(_without_dots(name), tensor.detach().clone())
     return copies
 
 
+# As in a JSON pointer (RFC 6901), for a name of a module may have any other character in it.
+_ESCAPES = (("~", "~0"), ("/", "~1"), (".", "/"))
+
+
+def _without_dots(name: str) -> str:
+    for plain, escaped in _ESCAPES:
+        name = name.replace(plain, escaped)
+    return name
+
+
 def _named(values: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return ((name.replace("/", "."), tensor) for name, tensor in values.named_buffers())
+    for key, tensor in values.named_buffers():
+        for plain, escaped in reversed(_ESCAPES):
+            key = key.replace(escaped, plain)
+        yield key, tensor
+
+
+def _held_now(model: nn.Module, where: str, start: nn.Module, new: Iterable[str] = ()) -> dict[str, nn.Parameter]:
+    now = dict(model.named_parameters())
+    shapes = {name: w0.shape for name, w0 in _named(start)}
+    gone = [name for name in (*shapes, *new) if name not in now or now[name].shape != shapes.get(name, now[name].shape)]
+    if gone:
+        raise AdapterError(
+            f"{where}: {gone[0]} is no longer in {type(model).__name__} as it was when the term was made, and "
+            f"{len(gone) - 1} more. An adapter was ejected, or a layer replaced. Make the {where} again."
+        )
+    return now
 
 
 def _square(difference: Tensor) -> Tensor:
