@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import AdapterError
 from .adapter import Adapter, can_be_merged
 from .foreign import is_offloaded
 from .freeze import moved_buffers
 from .merge import merged
 from .quantized import quantized_as
-from .walk import adapters, candidates, in_eval_mode, require, require_unmerged
+from .walk import adapters, candidates, in_eval_mode, require, require_no_views, require_unmerged
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **named_inputs
 
     Returns:
         Verification: `problems`, one sentence each; `difference`, the largest absolute difference between unmerged
-        and merged output in eval mode, None where a type cannot be merged or a host is quantized.
+        and merged output in eval mode, None where a type cannot be merged, a host is quantized or `merge` refuses.
 
     Raises:
         AdapterError: the model has no adapters, is merged, or has a live view.
@@ -77,6 +78,7 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **named_inputs
         if _has_zeros_without_gradient(active, ran):
             with _stepped(active, ran):
                 later = _run_backward(model, active, inputs, named_inputs)
+        require_no_views(selection, "verify")
         with in_eval_mode(model):
             difference = _difference(model, active, inputs, named_inputs)
     problems = *_adapter_problems(active, ran, later), *_untrained(active, optimizer), *_base_problems(model, moved)
@@ -213,8 +215,11 @@ def _difference(model: nn.Module, active: list[Named], inputs: Any, named_inputs
     if any(_is_quantized(model.get_submodule(host_name)) for host_name, *_ in active):
         return None  # before a pass in eval mode, at which a layer may pack its weight so that it trains no more
     live = list(_tensors(model(*inputs, **named_inputs)))
-    with merged(model):
-        folded = list(_tensors(model(*inputs, **named_inputs)))
+    try:
+        with merged(model):
+            folded = list(_tensors(model(*inputs, **named_inputs)))
+    except AdapterError:  # a weight that is shared, or computed from others: merge itself says which
+        return None
     return max(
         ((a.double() - b.double()).abs().max().item() for a, b in zip(live, folded, strict=True) if a.numel()),
         default=0.0,
