@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import AdapterError
-from .override import overridden, weight_of
+from .override import as_weights, overridden
 
 KINDS: dict[str, type["Adapter"]] = {}
 
@@ -162,13 +162,6 @@ def fold_all(host: nn.Module, adapters: list[Adapter]) -> dict[str, Tensor]:
     return values
 
 
-def as_weights(host: nn.Module, folded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the host may run with: in its dtypes, and no parameter itself, which a host may cast in place.
-    (bitsandbytes' 4-bit layer casts its bias to the dtype that it computes in.)"""
-    rounded = {path: value.to(weight_of(host, path).dtype) for path, value in folded.items()}
-    return {path: value.view_as(value) if isinstance(value, nn.Parameter) else value for path, value in rounded.items()}
-
-
 def full_config(kind: type[Adapter], config: dict[str, Any]) -> dict[str, Any]:
     """The keywords with the constructor's defaults filled in, as they are saved: later defaults change no old file."""
     bound = signature_of(kind).bind(None, **config)
@@ -200,9 +193,10 @@ def _dtype_name(value: Any) -> Any:
 
 
 def trainable_dtype(dtype: str | torch.dtype | None, weight: Tensor) -> torch.dtype:
-    """The adapter's own dtype: as asked, else float32 beside a half-precision or quantized weight."""
+    """The adapter's own dtype: as asked, else the weight's, or float32 beside one in half precision or quantized."""
     if dtype is None:
-        return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
+        wide = weight.dtype in (torch.float32, torch.float64) or weight.is_complex()
+        return weight.dtype if wide else torch.float32
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise AdapterError(

@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd import Function
+
+from ..kernels.dispatch import apply
 
 
 def owner_of(host: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -69,3 +72,32 @@ def _flat_weights_overridden(owners: Any) -> Iterator[None]:
 def compute_from_attributes(rnn: nn.RNNBase) -> None:
     weights = [getattr(rnn, name) for name in rnn._flat_weights_names]
     rnn.__dict__.update(_flat_weights=weights, _flat_weight_refs=[weakref.ref(weight) for weight in weights])
+
+
+def as_weights(host: nn.Module, folded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the host may run with: in its dtypes, and such that nothing that it does moves a parameter."""
+    rounded = {path: value.to(weight_of(host, path).dtype) for path, value in folded.items()}
+    return {path: _readable(owner_of(host, path)[0], value) for path, value in rounded.items()}
+
+
+def _readable(owner: Any, value: Tensor) -> Tensor:
+    """No parameter itself, which a host may cast in place (bitsandbytes' 4-bit layer does with its bias), and a copy
+    where an embedding renormalizes the rows that it looks up, in place. A sparse gradient reaches a parameter as it is,
+    and is made dense for whatever else gave the value, through which it has no way."""
+    is_parameter, renormalizes = isinstance(value, nn.Parameter), getattr(owner, "max_norm", None) is not None
+    if getattr(owner, "sparse", False) and value.requires_grad:
+        return value if is_parameter and not renormalizes else apply(_DenseGradient, value)
+    if not is_parameter:
+        return value
+    return value.clone() if renormalizes else value.view_as(value)
+
+
+class _DenseGradient(Function):
+    @staticmethod
+    def forward(_: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(_: Any, *grad_outputs: Tensor) -> Tensor:
+        (gradient,) = grad_outputs
+        return gradient.to_dense() if gradient.is_sparse else gradient

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.adapter import as_weights, fold_all, unwrapped
-from .._core.override import overridden, owner_of, weight_of
+from .._core.adapter import fold_all, unwrapped
+from .._core.override import as_weights, overridden, owner_of, weight_of
 from .._core.quantized import not_real_as
 from .._errors import AdapterError
 from ..kernels import dora_norm

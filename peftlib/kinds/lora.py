@@ -125,7 +125,7 @@ class LoRA(Adapter):
             self._start_from_principal(host, flat_A, flat_B)
             return
         drawn, zero = (flat_B.transpose(-2, -1), flat_A) if self.form.looks_up else (flat_A, flat_B)
-        drawn.copy_(_draw(drawn.shape, self.init))
+        drawn.copy_((_draw_complex if drawn.is_complex() else _draw)(drawn.shape, self.init))
         zero.zero_()
 
     def _start_from_principal(self, host: nn.Module | None, flat_A: Tensor, flat_B: Tensor) -> None:
@@ -170,7 +170,10 @@ class LoRA(Adapter):
         if joined:
             (x,) = args or kwargs.values()
             return lora_linear(x, host.weight, host.bias, *joined, 1.0)
-        return self._add(host, call(*args, **kwargs), *args, **kwargs)
+        y = call(*args, **kwargs)
+        if "x" in kwargs:  # HF Conv1D's name for what torch's layers call `input`
+            kwargs["input"] = kwargs.pop("x")
+        return self._add(host, y, *args, **kwargs)
 
     def _joined(self, host: nn.Module, call: Any) -> tuple[Tensor, Tensor] | None:
         """One pair for this adapter and all that it stands around, where one product serves them."""
@@ -224,14 +227,25 @@ _BY_NAME: dict[str | None, Any] = {
 }
 
 
-def _kernel_of(host: nn.Module, term: Any) -> Any:
+def _kernel_of(host: Any, term: Any) -> Any:
     if term is linear_branch:
+        if host.weight.is_complex():
+            return None  # the kernels' backward passes are those of real numbers
         return lora_linear if is_plain_linear(host) else lora_add
     return lora_embedding if term is embedding_branch else None
 
 
 def _joins(adapter: Any) -> bool:
     return type(adapter) is LoRA and adapter.kernel is lora_linear and not (adapter.dropout and adapter.training)
+
+
+def _draw_complex(shape: torch.Size, init: str) -> Tensor:
+    """Of the variance that the real ones have; orthonormal rows stay orthonormal, each turned by a phase."""
+    if init != "orthogonal":
+        return torch.complex(_draw(shape, init), _draw(shape, init)) / math.sqrt(2)
+    rows = _draw(shape, init)
+    angle = torch.empty(*shape[:-1], 1).uniform_(-math.pi, math.pi)
+    return torch.polar(torch.ones_like(angle), angle) * rows
 
 
 def _draw(shape: torch.Size, init: str) -> Tensor:
