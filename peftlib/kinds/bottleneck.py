@@ -122,7 +122,7 @@ class Bottleneck(Adapter):
 
     def _adapted(self, y: Tensor, u: Tensor) -> Tensor:
         axis = self._axis_in(y, u)
-        if axis == y.dim() - 1:
+        if axis == y.dim() - 1 and (y.is_contiguous() or not self.residual):
             return self._bottleneck(u, y if self.residual else None)
         term = self._bottleneck(u.movedim(axis, -1), None).movedim(-1, axis)
         return torch.add(y, term.to(y.dtype)) if self.residual else term  # y first: the sum is laid out as y is

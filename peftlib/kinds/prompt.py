@@ -129,7 +129,15 @@ def _inputs_of(host: nn.Module) -> tuple[str, ...]:
 
 
 def _embedding_of(host: Any) -> Any:
-    return host if isinstance(host, nn.Embedding) else host.get_input_embeddings()
+    if isinstance(host, nn.Embedding):
+        return host
+    try:
+        return host.get_input_embeddings()
+    except NotImplementedError:  # every model of transformers has the method, and not each knows what to return
+        raise AdapterError(
+            f"{type(host).__name__} does not say which its input embeddings are. Target a model inside it that "
+            "does, or use Prefix."
+        ) from None
 
 
 def _weight_of(host: Any) -> Tensor:
