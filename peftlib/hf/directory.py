@@ -42,7 +42,7 @@ def load(
 ) -> list[str]:
     """Puts an adapter that HF peft saved into a model and makes it active; the base is frozen, as by `inject`.
 
-    The model computes what peft's does. LoRA (also rank-stabilised, and with patterns, biases, `target_parameters` and
+    The model computes what peft's does. LoRA (also rank-stabilized, and with patterns, biases, `target_parameters` and
     `init_lora_weights="pissa"`) becomes `LoRA`, `use_dora` becomes `DoRA`, `modules_to_save` and learned biases become
     `Full`. What has no meaning here is refused by name; the model is touched only when all of the file is understood.
 

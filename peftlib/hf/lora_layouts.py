@@ -192,7 +192,7 @@ def magnitude_shape(layout: Layout, host: nn.Module, param: str) -> Shape:
     """Of DoRA's magnitude in the file."""
     if isinstance(host, nn.MultiheadAttention) or isinstance(layout, Grouped) or not is_module_target(host, param):
         raise AdapterError(
-            f"{class_of(host)}.{param}: peft has no sound DoRA for it. Use LoRA there, or leave this layer out."
+            f"{class_of(host)}.{param}: peft has no valid DoRA for it. Use LoRA there, or leave this layer out."
         )
     out, _, *kernel = layout.shape
     return (1, out, *[1] * len(kernel)) if kernel else (out,)

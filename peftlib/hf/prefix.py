@@ -31,7 +31,7 @@ def prefix_parts(modules: Modules, config: Config, tensors: FileTensors | None, 
     if tensors is None:
         if config["prefix_projection"]:
             raise AdapterError(
-                f"{where}: prefix_projection: peft's perceptron is one for all layers, here each layer has its own. "
+                f"{where}: prefix_projection: peft's MLP is one for all layers, here each layer has its own. "
                 "Use peftlib.inject with reparametrize."
             )
         return [Part(name, host, Prefix, {"length": length}) for name, host in layers]

@@ -44,7 +44,7 @@ def refusal(host: nn.Module, param: str) -> str | None:
 
 def _embedding_refusal(owner: Any) -> str | None:
     if owner.max_norm is not None:
-        return "peft renormalises its own factor where max_norm is set"
+        return "peft renormalizes its own factor where max_norm is set"
     own_forward = low_rank_branch_of(owner, "weight") is None and not owner.scale_grad_by_freq
     if own_forward and getattr(owner, "embed_scale", None) is None:
         return f"{class_of(owner)} has a forward of its own, which peft goes around"

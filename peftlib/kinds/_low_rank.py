@@ -105,7 +105,7 @@ BRANCHES = tuple(dict.fromkeys(branch for _, branch in _BRANCH_OF))
 
 
 def require_overridable(host: nn.Module, path: str) -> None:
-    """Only the weight form is left on this host, so it must read a floating-point tensor that can be overridden."""
+    """Only the merged weight is left on this host, so it must read a floating-point tensor that can be overridden."""
     owner, leaf = owner_of(host, path)
     weight = getattr(owner, leaf)
     if owner is not host and leaf not in (*owner._parameters, *owner._buffers):
