@@ -40,7 +40,7 @@ FILES = {
         "lora bottleneck",
     ],
     "_core": [
-        "targets override table foreign containers reads",
+        "targets override table foreign containers reads lazy_weight",
         "quantized adapter",
         "clone guesses",
         "host",
@@ -53,7 +53,8 @@ FILES = {
         "eject",
     ],
     "kinds": [
-        "_weight_layout _hidden_states _prompt_inputs",
+        "_weight_layout _hidden_states _prompt_inputs _lazy_products _lazy_views",
+        "_lazy_hosts",
         "_low_rank _probe",
         "_features",
         "lora full bottleneck ia3 prompt prefix",

@@ -73,9 +73,13 @@ class Adapter(nn.Module):
     def forward(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward pass; `call(*args, **kwargs)` is what the host would do by itself, with what nests inside."""
         inside, call = unwrapped(call)
-        folded = fold_all(host, [*inside, self])
-        with overridden(host, as_weights(host, folded)):
+        with overridden(host, as_weights(host, fold_for_call(host, [*inside, self]))):
             return call(*args, **kwargs)
+
+    def fold_for_call(self, host: nn.Module) -> dict[str, Tensor]:
+        """What the host reads during its call in place of its weights: the weight form, unless a kind has tensors that
+        stand for it and cost less."""
+        return self.fold(host)
 
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
         """The merged weight: tensors, by name on the host, that would do the same.
@@ -155,10 +159,19 @@ def unwrapped(
 
 def fold_all(host: nn.Module, adapters: list[Adapter]) -> dict[str, Tensor]:
     """What the host's weights become, each fold on what the one before it gave, unrounded."""
+    return _composed(host, [adapter.fold for adapter in adapters])
+
+
+def fold_for_call(host: nn.Module, adapters: list[Adapter]) -> dict[str, Tensor]:
+    """The same for the time of one call."""
+    return _composed(host, [adapter.fold_for_call for adapter in adapters])
+
+
+def _composed(host: nn.Module, folds: list[Callable[[nn.Module], dict[str, Tensor]]]) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
-    for adapter in adapters:
+    for fold in folds:
         with overridden(host, values):
-            values = {**values, **adapter.fold(host)}
+            values = {**values, **fold(host)}
     return values
 
 

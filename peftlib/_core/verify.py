@@ -12,17 +12,23 @@ from .._errors import AdapterError
 from .adapter import Adapter, can_be_merged
 from .foreign import is_offloaded
 from .freeze import moved_buffers
+from .lazy_weight import materialized
 from .merge import merged
 from .quantized import quantized_as
 from .walk import adapters, candidates, in_eval_mode, require, require_no_views, require_unmerged
 
+Named = tuple[str, str, Adapter]
+Gradients = dict[int, list[Tensor | None]]
+
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. It is true where there is no problem; `str()` lists the problems."""
+    """What `verify` found. It is true where there is no problem; `str()` lists the problems, and which weights a
+    low-rank adapter had to make whole, by the function that read them: right, and slower than it could be."""
 
     problems: tuple[str, ...]
     difference: float | None
+    materialized: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return not self.problems
@@ -36,6 +42,7 @@ class Verification:
         return (
             "\n".join(self.problems or ["every active adapter runs and learns; the base cannot move"])
             + f"\n{agreement}"
+            + "".join(f"\n{line}" for line in self.materialized)
         )
 
 
@@ -56,7 +63,8 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **named_inputs
 
     Returns:
         Verification: `problems`, one sentence each; `difference`, the largest absolute difference between unmerged
-        and merged output in eval mode, None where a type cannot be merged, a host is quantized or `merge` refuses.
+        and merged output in eval mode, None where a type cannot be merged, a host is quantized or `merge` refuses;
+        `materialized`, one line for each function that needed an adapted weight whole.
 
     Raises:
         AdapterError: the model has no adapters, is merged, or has a live view.
@@ -72,7 +80,8 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **named_inputs
     require_unmerged(selection, "verify")
     active = [item for item in adapters(model) if item[1] in selection.active]
     with _no_trace(model):
-        ran = _run_backward(model, active, inputs, named_inputs)
+        with materialized() as heard:
+            ran = _run_backward(model, active, inputs, named_inputs)
         moved = moved_buffers(model)
         later = ran
         if _has_zeros_without_gradient(active, ran):
@@ -82,11 +91,17 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **named_inputs
         with in_eval_mode(model):
             difference = _difference(model, active, inputs, named_inputs)
     problems = *_adapter_problems(active, ran, later), *_untrained(active, optimizer), *_base_problems(model, moved)
-    return Verification(problems, difference)
+    return Verification(problems, difference, _materialized_lines(active, heard))
 
 
-Named = tuple[str, str, Adapter]
-Gradients = dict[int, list[Tensor | None]]
+def _materialized_lines(active: list[Named], heard: list[tuple[str, tuple[nn.Module, ...]]]) -> tuple[str, ...]:
+    hosts = {id(adapter): host_name for host_name, _, adapter in active}
+    lines = [
+        f"materialized by {function} on {hosts.get(id(adapter), '')}.{getattr(adapter, 'param', 'weight')}"
+        for function, adapters_of_weight in heard
+        for adapter in adapters_of_weight
+    ]
+    return tuple(dict.fromkeys(line.replace(" on .", " on ") for line in lines))
 
 
 def _run_backward(model: nn.Module, active: list[Named], inputs: Any, named_inputs: Any) -> Gradients:

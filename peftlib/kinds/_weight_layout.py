@@ -12,12 +12,14 @@ from .._errors import AdapterError
 
 class Form:
     """One layout of a weight. Its functions: the shapes of A and B for a weight's shape and a rank; the weight read as
-    a matrix [..., out, in]; such a matrix laid out as the weight; A and B as [..., rank, in] and [..., out, rank]."""
+    a matrix [..., out, in]; such a matrix laid out as the weight; A and B as [..., rank, in] and [..., out, rank]; and
+    the two factors whose product over the rank is laid out as the weight, the left one a matrix."""
 
     shapes: Callable[[Shape, int], tuple[Shape, Shape]]
     matrix: Callable[[Tensor], Tensor]
     weight: Callable[[Tensor, Shape], Tensor]
     pair: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    factors: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     looks_up = False
 
 
@@ -28,6 +30,7 @@ class Rows(Form):
     matrix = staticmethod(lambda weight: weight.flatten(1))
     weight = staticmethod(lambda matrix, shape: matrix.reshape(shape))
     pair = staticmethod(lambda A, B: (A.flatten(1), B.flatten(1)))
+    factors = staticmethod(lambda A, B: (B.flatten(1), A.view_as(A)))
 
 
 class Columns(Form):
@@ -37,6 +40,7 @@ class Columns(Form):
     matrix = staticmethod(lambda weight: weight.t())
     weight = staticmethod(lambda matrix, shape: matrix.t())
     pair = staticmethod(lambda A, B: (A, B))
+    factors = staticmethod(lambda A, B: (A.t(), B.t()))
 
 
 class Lookup(Columns):
@@ -52,6 +56,7 @@ class TransposedKernel(Form):
     matrix = staticmethod(lambda weight: weight.flatten(1).t())
     weight = staticmethod(lambda matrix, shape: matrix.t().reshape(shape))
     pair = staticmethod(lambda A, B: (A.flatten(1), B.flatten(1).t()))
+    factors = staticmethod(lambda A, B: (A.flatten(1).t(), B.view_as(B)))
 
 
 class Stack(Form):
@@ -61,6 +66,7 @@ class Stack(Form):
     matrix = staticmethod(lambda weight: weight)
     weight = staticmethod(lambda matrix, shape: matrix)
     pair = staticmethod(lambda A, B: (A, B))
+    factors = staticmethod(lambda A, B: (B.view_as(B), A.view_as(A)))
 
 
 LAYOUTS = (Rows, Columns, Lookup, TransposedKernel, Stack)

@@ -124,6 +124,9 @@ class DoRA(LoRA):
         scaled = self._over_rows(host, self._gain(host)) * self.form.matrix(moved)
         return {path: self.form.weight(scaled, moved.shape)}
 
+    def fold_for_call(self, host: nn.Module) -> dict[str, Tensor]:
+        return self.fold(host)
+
     def _gain(self, host: nn.Module) -> Tensor:
         """m/‖V‖ [..., out]; 1 for a row of zeros, where m starts at zero too."""
         norm = self._norm(host).to(self.magnitude.dtype)

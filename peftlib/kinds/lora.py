@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from .._checks import require_one_of, require_positive, require_probability, require_whole_number
 from .._core.adapter import Adapter, trainable_dtype
 from .._core.host import runs_bare
+from .._core.lazy_weight import LowRank, can_stand_for, lazily
 from .._core.override import tensors_of, weight_of
 from .._core.quantized import not_real_as, weight_shape
 from .._errors import AdapterError
 from ..kernels import dropped, join_pairs, lora_add, lora_embedding, lora_linear
+from ._lazy_hosts import is_lazily_read
 from ._low_rank import (
     BRANCHES,
     embedding_branch,
@@ -208,6 +210,15 @@ class LoRA(Adapter):
             self.param: weight
             + self.scale * self.form.weight(self._trained(self._product, self.lora_A, self.lora_B), weight.shape)
         }
+
+    def fold_for_call(self, host: nn.Module) -> dict[str, Tensor]:
+        """The weight and the pair apart, W + s B A never made, where the host reads an ordinary tensor."""
+        weight = weight_of(host, self.param)
+        if not can_stand_for(weight) or not is_lazily_read(host, self):
+            return self.fold(host)
+        initial = ((self.initial_A, self.initial_B),) if self.init == "pissa" else ()
+        pairs = tuple(self.form.factors(*pair) for pair in ((self.lora_A, self.lora_B), *initial))
+        return {self.param: lazily(weight, LowRank(pairs, self.scale, self.dropout if self.training else 0.0, self))}
 
     def _trained(self, of: Callable[[Tensor, Tensor], Tensor], lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """What the pair gives, less what it gave at the start where it did not start at zero."""

@@ -1,0 +1,300 @@
+"""A weight with low-rank changes that is never made: torch's functions act on the weight and on the factors apart.
+
+Invariant: whatever is computed from a `LazyWeight` equals what its whole, W + Σ s·L·R, would have given. A function in
+`RULES` keeps that without making it. Any other gets the whole, made once for the object and kept by it, so that a
+change in place lasts for the call, as it would in a folded weight; and whoever listens (`materialized`) hears which
+function it was.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass, _are_functorch_transforms_active
+from torch.autograd import Function
+from torch.compiler import is_compiling
+from torch.overrides import resolve_name
+from torch.utils._pytree import tree_map_only
+
+from .._errors import AdapterError
+from ..kernels import dropped
+from ..kernels.dispatch import apply
+
+Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class LowRank(NamedTuple):
+    """One change: s·L·R, less what a second pair gives where the first did not start at zero. L is [*stack, rows,
+    rank] and R [*stack, rank, *rest], beside a weight [*stack, rows, *rest]."""
+
+    pairs: tuple[tuple[Tensor, Tensor], ...]
+    scale: float
+    dropout: float
+    adapter: nn.Module
+
+    def mapped(self, left: Callable[[Tensor], Tensor], right: Callable[[Tensor], Tensor]) -> "LowRank":
+        return self._replace(pairs=tuple((left(L), right(R)) for L, R in self.pairs))
+
+    def transposed(self) -> "LowRank":
+        return self._replace(pairs=tuple((R.transpose(-2, -1), L.transpose(-2, -1)) for L, R in self.pairs))
+
+    def of(self, x: Tensor, near: Step, far: Step) -> Tensor:
+        """far(s·near(drop(x))), in the dtype of x: what lies between them is thin, and there the scale costs least."""
+
+        def through(x: Tensor, L: Tensor, R: Tensor) -> Tensor:
+            return far(near(x, L, R) * self.scale, L, R)
+
+        def change(x: Tensor, *factors: Tensor) -> Tensor:
+            L, R, *initial = (as_dtype(factor, x.dtype) for factor in factors)
+            return through(x, L, R) - through(x, *initial) if initial else through(x, L, R)
+
+        return dropped(change, x, *self.factors(), dropout=self.dropout)
+
+    def factors(self) -> list[Tensor]:
+        return [factor for pair in self.pairs for factor in pair]
+
+    def whole(self) -> Tensor:
+        """s·(L·R), in float32 or wider."""
+        products = [_product(L, R) for L, R in self.pairs]
+        return self.scale * (products[0] - products[1] if len(products) > 1 else products[0])
+
+
+def as_dtype(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return factor if factor.dtype == dtype else factor.to(dtype)
+
+
+def _product(L: Tensor, R: Tensor) -> Tensor:
+    wide = torch.promote_types(L.dtype, torch.float32)
+    rest = R.shape[L.dim() - 1 :]
+    with contextlib.nullcontext() if L.is_meta else torch.autocast(L.device.type, enabled=False):
+        flat = L.to(wide) @ R.to(wide).flatten(L.dim() - 1)
+    return flat.unflatten(-1, rest)
+
+
+Rule = Callable[..., Any]
+RULES: dict[Any, Rule] = {}
+_METADATA = {
+    getattr(torch.Tensor, name).__get__
+    for name in (
+        "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_meta",
+        "is_sparse", "is_quantized", "is_mkldnn", "is_nested", "itemsize", "nbytes", "grad", "grad_fn",
+        "_version",
+    )
+} | {
+    getattr(torch.Tensor, name)
+    for name in (
+        "dim", "size", "stride", "numel", "nelement", "is_contiguous", "is_floating_point", "is_complex",
+        "element_size", "storage_offset", "get_device", "__len__", "ndimension", "dim_order", "is_inference",
+    )
+} | {torch.numel, torch.is_floating_point, torch.is_complex}  # fmt: skip
+
+
+class LazyWeight:
+    """Stands for `base` [*stack, rows, *rest] plus its changes."""
+
+    base: Tensor
+    changes: tuple[LowRank, ...]
+    tracks: bool  # whether the whole has a gradient to give to the factors
+    is_part: bool = False
+    made: Tensor | None = None
+    experts: Any = None
+
+    @property
+    def stack(self) -> int:
+        """How many dimensions count matrices."""
+        return self.changes[0].pairs[0][0].dim() - 2
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.base.dim() == self.stack + 2
+
+    def like(self, base: Tensor, changes: tuple[LowRank, ...]) -> "LazyWeight":
+        """A part or a view of this one."""
+        raise NotImplementedError
+
+    def _name(self) -> str:
+        return getattr(self.changes[0].adapter, "param", "a weight")
+
+    def is_made(self, func: Any) -> bool:
+        self._require_gradient(func)
+        return self.made is not None
+
+    def _require_gradient(self, func: Any) -> None:
+        """A part knows only its factors: it has no node of its own (`_Standing` for each expert that is picked would
+        take a quarter of an eager loop's time), so a Function of someone else would end the gradient here."""
+        if self.is_part and self.tracks and not torch.is_grad_enabled():
+            raise AdapterError(
+                f"{self._name()}: a part was picked where gradients flow, and {_described(func, ())} reads it where "
+                "none do, in an autograd Function or under no_grad, so its gradient would be lost. Pick the part there too, "
+                "or merge the adapter to run it without training."
+            )
+
+    def whole(self, by: str) -> Tensor:
+        """What it stands for, made as it would have been where this object was made."""
+        self._require_gradient(by)
+        if self.made is None:
+            self.made = self.new_whole(by)
+        return self.made
+
+    def new_whole(self, by: str) -> Tensor:
+        self._require_no_dropout(by)
+        note_materialized(by, *(change.adapter for change in self.changes))
+        with torch.set_grad_enabled(self.tracks):
+            return _sum(self.base, self.changes)
+
+    def _require_no_dropout(self, by: str) -> None:
+        change = next((change for change in self.changes if change.dropout), None)
+        if change is not None:
+            raise AdapterError(
+                f"dropout={change.dropout} on {self._name()}: {by} reads the weight "
+                "without an input that is known, so there is nothing to drop from. Use dropout=0 here."
+            )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _METADATA:
+            with DisableTorchFunctionSubclass():
+                return func(*args, **kwargs or {})
+        rule = RULES.get(func)
+        if rule is not None and not any(isinstance(each, LazyWeight) and each.is_made(func) for each in args):
+            found = rule(func, *args, **kwargs or {})
+            if found is not NotImplemented:
+                return found
+        return _with_wholes(func, _described(func, args), args, kwargs or {})
+
+
+class LazyTensor(LazyWeight, Tensor):
+    """A tensor to whoever asks, with no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, base: Tensor, changes: tuple[LowRank, ...], tracks: bool) -> "LazyTensor":
+        self = Tensor._make_wrapper_subclass(
+            cls, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device, layout=base.layout
+        )
+        self.base, self.changes, self.tracks = base, changes, tracks
+        return self
+
+    def __init__(self, *_: Any) -> None:
+        """`__new__` has done it: Tensor has no __init__ to call."""
+
+    def like(self, base: Tensor, changes: tuple[LowRank, ...]) -> LazyWeight:
+        part = LazyTensor(base, changes, self.tracks and torch.is_grad_enabled())
+        part.is_part = True
+        return part
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Reached from C++ alone and below autograd, which `_Standing` serves: nothing made here is kept."""
+        return _with_wholes(func, str(func), args, kwargs or {}, LazyWeight.new_whole)
+
+
+class TracedWeight(LazyWeight):
+    """The same while `torch.compile` traces, which cannot make a tensor of a type of ours, and can follow an object."""
+
+    def __init__(self, base: Tensor, changes: tuple[LowRank, ...]) -> None:
+        self.base, self.changes, self.tracks = base, changes, torch.is_grad_enabled()
+
+    def like(self, base: Tensor, changes: tuple[LowRank, ...]) -> LazyWeight:
+        return TracedWeight(base, changes)
+
+    def __getitem__(self, index: Any) -> Any:
+        return LazyWeight.__torch_function__(Tensor.__getitem__, (), (self, index))
+
+    def __getattr__(self, name: str) -> Any:
+        own = getattr(Tensor, name)
+        if own in _METADATA or getattr(own, "__get__", None) in _METADATA:
+            return getattr(self.base, name)
+        if callable(own):
+            return lambda *args, **kwargs: LazyWeight.__torch_function__(own, (), (self, *args), kwargs)
+        return LazyWeight.__torch_function__(own.__get__, (), (self,))
+
+
+def _sum(base: Tensor, changes: Iterable[LowRank]) -> Tensor:
+    whole = base
+    for change in changes:
+        whole = whole + change.whole()
+    return whole.to(base.dtype)
+
+
+def _with_wholes(func: Any, name: str, args: Any, kwargs: Any, whole: Any = LazyWeight.whole) -> Any:
+    args, kwargs = tree_map_only(LazyWeight, lambda weight: whole(weight, name), (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _described(func: Any, args: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name == "__get__":
+        name = (resolve_name(func) or name).removesuffix(".__get__").rpartition(".")[2]
+    return f"{name} {args[0]!r}" if name == "einsum" and isinstance(args[0], str) else name
+
+
+Heard = list[tuple[str, tuple[nn.Module, ...]]]
+_listeners: contextvars.ContextVar[tuple[Heard, ...]] = contextvars.ContextVar("listeners", default=())
+
+
+@contextlib.contextmanager
+def materialized() -> Iterator[Heard]:
+    """A list that fills, while the block runs, with what made a weight whole, and whose weight it was."""
+    heard: Heard = []
+    token = _listeners.set((*_listeners.get(), heard))
+    try:
+        yield heard
+    finally:
+        _listeners.reset(token)
+
+
+def note_materialized(by: str, *adapters: nn.Module) -> None:
+    if is_compiling():
+        return
+    for heard in _listeners.get():
+        heard.append((by, adapters))
+
+
+def can_stand_for(weight: Tensor) -> bool:
+    """Whether a lazy weight may take this one's place."""
+    return isinstance(weight, LazyWeight) or type(weight) in (Tensor, nn.Parameter)
+
+
+def lazily(weight: Tensor, change: LowRank) -> Any:
+    """The weight with one change more."""
+    if isinstance(weight, LazyWeight):
+        return _standing(weight.base, (*weight.changes, change))
+    return _standing(weight, (change,))
+
+
+def _standing(base: Tensor, changes: tuple[LowRank, ...]) -> LazyWeight:
+    if is_compiling():
+        return TracedWeight(base, changes)
+    inputs = [base, *(factor for change in changes for factor in change.factors())]
+    tracks = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
+    if not tracks or _are_functorch_transforms_active():
+        return LazyTensor(base, changes, tracks)
+    return apply(_Standing, changes, *inputs)
+
+
+class _Standing(Function):
+    """Gives the lazy weight a gradient of its own: what gets past torch's functions (a Function of someone else, a C++
+    extension) computes with the whole, and its gradient arrives here and goes on to the factors."""
+
+    @staticmethod
+    def forward(ctx: Any, changes: tuple[LowRank, ...], *inputs: Tensor) -> Tensor:
+        ctx.changes = changes
+        ctx.save_for_backward(*inputs)
+        return LazyTensor(inputs[0], changes, True)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [each.detach().requires_grad_(each.requires_grad) for each in ctx.saved_tensors]
+        base, *factors = inputs
+        following = iter(factors)
+        changes = [
+            change._replace(pairs=tuple((next(following), next(following)) for _ in change.pairs))
+            for change in ctx.changes
+        ]
+        with torch.enable_grad():
+            whole = _sum(base, changes)
+        found = iter(torch.autograd.grad(whole, [each for each in inputs if each.requires_grad], grad_outputs))
+        return None, *(next(found) if each.requires_grad else None for each in inputs)
