@@ -54,6 +54,7 @@ FILES = {
     ],
     "kinds": [
         "_weight_layout _hidden_states _prompt_inputs _lazy_products _lazy_views",
+        "_lazy_layers",
         "_lazy_hosts",
         "_low_rank _probe",
         "_features",

@@ -126,6 +126,11 @@ def _no_input(host: Host) -> str:
     return host.no_lora or ("" if host.own_input else r"dropout=0\.4")
 
 
+def _no_input_shown(host: Host) -> str:
+    """LoRA's weight is not made, and a product with it shows its input."""
+    return "" if host.shows_input else _no_input(host)
+
+
 def _hooked(host: Host) -> str:
     """A hook computes the weight before the host's forward, so a copy of what it computes from would not act."""
     return "hook.*'weight'" if host.settles else ""
@@ -191,7 +196,7 @@ def _no_attention(host: Host) -> str:
 
 KINDS = [
     _lora("lora"),
-    _lora("lora-dropout", _no_input, dropout=0.4, random=True),
+    _lora("lora-dropout", _no_input_shown, dropout=0.4, random=True),
     _lora("lora-pissa", init="pissa", rank_stabilized=True),
     _lora("lora-gaussian", init="gaussian", rank_stabilized=True, extra=True),
     _lora("lora-orthogonal", init="orthogonal", extra=True),

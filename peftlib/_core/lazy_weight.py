@@ -53,6 +53,11 @@ class LowRank(NamedTuple):
 
         return dropped(change, x, *self.factors(), dropout=self.dropout)
 
+    def picked(self, rows: Callable[[Tensor], Tensor]) -> Tensor:
+        """s·rows(L)·R, in the factors' dtype."""
+        products = [(rows(L) * self.scale) @ R for L, R in self.pairs]
+        return products[0] - products[1] if len(products) > 1 else products[0]
+
     def factors(self) -> list[Tensor]:
         return [factor for pair in self.pairs for factor in pair]
 
@@ -128,8 +133,8 @@ class LazyWeight:
         if self.is_part and self.tracks and not torch.is_grad_enabled():
             raise AdapterError(
                 f"{self._name()}: a part was picked where gradients flow, and {_described(func, ())} reads it where "
-                "none do, in an autograd Function or under no_grad, so its gradient would be lost. Pick the part there too, "
-                "or merge the adapter to run it without training."
+                "none do, in an autograd Function or under no_grad, so its gradient would be lost. Pick the part there "
+                "too, or merge the adapter to run it without training."
             )
 
     def whole(self, by: str) -> Tensor:
@@ -193,6 +198,8 @@ class LazyTensor(LazyWeight, Tensor):
 
 class TracedWeight(LazyWeight):
     """The same while `torch.compile` traces, which cannot make a tensor of a type of ours, and can follow an object."""
+
+    is_part = True  # it has no node either
 
     def __init__(self, base: Tensor, changes: tuple[LowRank, ...]) -> None:
         self.base, self.changes, self.tracks = base, changes, torch.is_grad_enabled()

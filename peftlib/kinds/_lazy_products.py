@@ -13,7 +13,7 @@ from .._core.lazy_weight import RULES, LazyWeight, Step
 from ..kernels import lora_linear
 
 
-def _rule_for(*names: str) -> Callable[[Any], Any]:
+def rule_for(*names: str) -> Callable[[Any], Any]:
     """Registers a rule for what torch has under these names: functions and methods alike."""
 
     def register(rule: Any) -> Any:
@@ -26,11 +26,11 @@ def _rule_for(*names: str) -> Callable[[Any], Any]:
     return register
 
 
-def _is_right_of(x: Any, weight: Any) -> bool:
+def is_right_of(x: Any, weight: Any) -> bool:
     return isinstance(weight, LazyWeight) and isinstance(x, Tensor) and not isinstance(x, LazyWeight)
 
 
-def _added(y: Tensor, weight: LazyWeight, x: Tensor, near: Step, far: Step) -> Tensor:
+def added(y: Tensor, weight: LazyWeight, x: Tensor, near: Step, far: Step) -> Tensor:
     """y plus what each change makes of x. In place where it may be: y is new, and no product keeps what it gave."""
     add = torch.add if _are_functorch_transforms_active() else Tensor.add_
     for change in weight.changes:
@@ -38,14 +38,14 @@ def _added(y: Tensor, weight: LazyWeight, x: Tensor, near: Step, far: Step) -> T
     return y
 
 
-@_rule_for("linear")
+@rule_for("linear")
 def _linear(linear: Any, input: Any, weight: Any, bias: Any = None) -> Any:
-    if not _is_right_of(input, weight) or weight.stack or not weight.is_matrix:
+    if not is_right_of(input, weight) or weight.stack or not weight.is_matrix:
         return NotImplemented
     first, *others = weight.changes
     if len(first.pairs) > 1:
         y = linear(input, weight.base, bias)
-        return _added(y, weight, input, lambda x, L, R: linear(x, R), lambda h, L, R: linear(h, L))
+        return added(y, weight, input, lambda x, L, R: linear(x, R), lambda h, L, R: linear(h, L))
     ((B, A),) = first.pairs
     y = lora_linear(input, weight.base, bias, A, B, first.scale, first.dropout, True)
     for change in others:
@@ -53,54 +53,63 @@ def _linear(linear: Any, input: Any, weight: Any, bias: Any = None) -> Any:
     return y
 
 
-@_rule_for("matmul", "__matmul__", "mm", "bmm")
+@rule_for("matmul", "__matmul__", "mm", "bmm")
 def _matmul(product: Any, input: Any, other: Any) -> Any:
-    if _is_right_of(input, other):
+    if is_right_of(input, other):
         if not other.is_matrix or input.dim() == 1 < other.stack + 1:
             return NotImplemented
         y = product(input, other.base)
-        return _added(y, other, input, lambda x, L, R: product(x, L), lambda h, L, R: product(h, R))
-    if not _is_right_of(other, input) or not input.is_matrix or other.dim() == 1 < input.stack + 1:
+        return added(y, other, input, lambda x, L, R: product(x, L), lambda h, L, R: product(h, R))
+    if not is_right_of(other, input) or not input.is_matrix or other.dim() == 1 < input.stack + 1:
         return NotImplemented
     y = product(input.base, other)
-    return _added(y, input, other, lambda x, L, R: product(R, x), lambda h, L, R: product(L, h))
+    return added(y, input, other, lambda x, L, R: product(R, x), lambda h, L, R: product(L, h))
 
 
 RULES[Tensor.__rmatmul__] = lambda _, self, other: _matmul(torch.matmul, other, self)
 
 
-@_rule_for("addmm", "baddbmm")
+@rule_for("addmm", "baddbmm")
 def _addmm(product: Any, input: Any, first: Any, second: Any, *, beta: Any = 1, alpha: Any = 1) -> Any:
     multiply = torch.bmm if product in (torch.baddbmm, Tensor.baddbmm) else torch.mm
-    lazy, x = (second, first) if _is_right_of(first, second) else (first, second)
-    if isinstance(input, LazyWeight) or not _is_right_of(x, lazy) or not lazy.is_matrix:
+    lazy, x = (second, first) if is_right_of(first, second) else (first, second)
+    if isinstance(input, LazyWeight) or not is_right_of(x, lazy) or not lazy.is_matrix:
         return NotImplemented
     if lazy is second:
         y = product(input, x, lazy.base, beta=beta, alpha=alpha)
-        return _added(y, lazy, x, lambda x, L, R: alpha * multiply(x, L), lambda h, L, R: multiply(h, R))
+        return added(y, lazy, x, lambda x, L, R: alpha * multiply(x, L), lambda h, L, R: multiply(h, R))
     y = product(input, lazy.base, x, beta=beta, alpha=alpha)
-    return _added(y, lazy, x, lambda x, L, R: alpha * multiply(R, x), lambda h, L, R: multiply(L, h))
+    return added(y, lazy, x, lambda x, L, R: alpha * multiply(R, x), lambda h, L, R: multiply(L, h))
 
 
-@_rule_for("grouped_mm", "_grouped_mm")
+@rule_for("grouped_mm", "_grouped_mm")
 def _grouped(product: Any, mat_a: Any, mat_b: Any, *rest: Any, **options: Any) -> Any:
-    if not _is_right_of(mat_a, mat_b) or not mat_b.is_matrix or mat_b.dim() != 3:
+    if not is_right_of(mat_a, mat_b) or not mat_b.is_matrix or mat_b.dim() != 3:
         return NotImplemented
     offs = rest[0] if rest else options.get("offs")
     y = product(mat_a, mat_b.base, *rest, **options)
-    near, far = (lambda x, L, R: product(x, L, offs=offs)), (lambda h, L, R: product(h, R, offs=offs))
-    return _added(y, mat_b, mat_a, near, far)
+    return added(
+        y, mat_b, mat_a,
+        lambda x, L, R: product(x, _aligned(L), offs=offs),
+        lambda h, L, R: product(h, _aligned(R.transpose(-2, -1)).transpose(-2, -1), offs=offs),
+    )  # fmt: skip
 
 
-@_rule_for("bilinear")
+def _aligned(factor: Tensor) -> Tensor:
+    """[..., rank] with zeros behind: grouped products ask for rows of whole 16 bytes."""
+    missing = -factor.shape[-1] % (16 // factor.element_size())
+    return F.pad(factor, (0, missing)) if missing else factor
+
+
+@rule_for("bilinear")
 def _bilinear(bilinear: Any, input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
-    if not _is_right_of(input1, weight) or isinstance(input2, LazyWeight) or any(c.dropout for c in weight.changes):
+    if not is_right_of(input1, weight) or weight.stack or any(change.dropout for change in weight.changes):
         return NotImplemented
     y = bilinear(input1, input2, weight.base, bias)
-    return _added(y, weight, input1, lambda x, L, R: bilinear(x, input2, R), lambda h, L, R: F.linear(h, L))
+    return added(y, weight, input1, lambda x, L, R: bilinear(x, input2, R), lambda h, L, R: F.linear(h, L))
 
 
-@_rule_for("einsum")
+@rule_for("einsum")
 def _einsum(einsum: Any, equation: Any, *operands: Any) -> Any:
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     lazy = [place for place, each in enumerate(operands) if isinstance(each, LazyWeight)]
@@ -109,21 +118,21 @@ def _einsum(einsum: Any, equation: Any, *operands: Any) -> Any:
     place = lazy[0]
     weight, others = operands[place], [*operands[:place], *operands[place + 1 :]]
     plan = _einsum_plan(equation, place, weight.stack, len(operands))
-    if plan is None or (len(others) > 1 and any(change.dropout for change in weight.changes)):
+    if plan is None or (plan[-1] and any(change.dropout for change in weight.changes)):
         return NotImplemented
-    meets, first, second, meets_right = plan
+    meets, first, second, meets_right, _ = plan
     x, others = others[meets], [*others[:meets], *others[meets + 1 :]]
     y = einsum(equation, *operands[:place], weight.base, *operands[place + 1 :])
-    return _added(
+    return added(
         y, weight, x,
         lambda x, L, R: einsum(first, x, R if meets_right else L),
         lambda h, L, R: einsum(second, *others, h, L if meets_right else R),
     )  # fmt: skip
 
 
-def _einsum_plan(equation: str, place: int, stack: int, count: int) -> tuple[int, str, str, bool] | None:
-    """Which of the other operands meets a factor first, the two equations, and whether that factor is R. None where
-    neither rows nor columns are summed over with one of them: the result is of the weight's size itself."""
+def _einsum_plan(equation: str, place: int, stack: int, count: int) -> tuple[int, str, str, bool, bool] | None:
+    """Which of the other operands meets a factor first, the two equations, whether that factor is R, and whether more
+    than one operand is an input. None where the weight is not summed over: the result is of its size itself."""
     terms, output = _terms_of(equation)
     own = terms[place] if len(terms) == count else _DOTS
     if _DOTS in own or len(set(own)) != len(own):
@@ -136,7 +145,8 @@ def _einsum_plan(equation: str, place: int, stack: int, count: int) -> tuple[int
             if all(letter in term and letter not in output for letter in summed):
                 beside = [*others[:index], *others[index + 1 :]]
                 through = _kept(term + near, "".join([*beside, far, output]))
-                return index, _joined([term, near], through), _joined([*beside, through, far], output), meets_right
+                equations = _joined([term, near], through), _joined([*beside, through, far], output)
+                return index, *equations, meets_right, any(letter in each for letter in summed for each in beside)
     return None
 
 

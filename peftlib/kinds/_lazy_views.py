@@ -39,6 +39,8 @@ def _alike(weight: LazyWeight, change: Change) -> LazyWeight:
 def _getitem(_: Any, weight: LazyWeight, index: Any) -> Any:
     if weight.stack == 1 and _is_one(index):
         return _expert(weight, int(index))
+    if not weight.stack and weight.is_matrix and _are_numbers(index):
+        return _rows(weight, index)
     picked = _split_index(weight, index if isinstance(index, tuple) else (index,))
     if picked is None:
         return NotImplemented
@@ -49,9 +51,25 @@ def _getitem(_: Any, weight: LazyWeight, index: Any) -> Any:
 
 
 def _is_one(index: Any) -> bool:
-    if isinstance(index, Tensor):
-        return index.dim() == 0 and index.dtype in (torch.int64, torch.int32)
-    return type(index) is int
+    return type(index) is int or (_are_numbers(index) and index.dim() == 0)
+
+
+def _are_numbers(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
+
+
+def _rows(weight: LazyWeight, index: Tensor) -> Any:
+    """Rows of one matrix, as an embedding looks them up."""
+    if any(change.dropout for change in weight.changes):
+        return NotImplemented
+    y = weight.base[index]
+    for change in weight.changes:
+        y = torch.add(y, change.picked(_picker(index)).to(y.dtype))
+    return y
+
+
+def _picker(index: Tensor) -> Change:
+    return lambda left: left[index]
 
 
 def _expert(weight: LazyWeight, index: int) -> LazyWeight:

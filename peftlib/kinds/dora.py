@@ -55,6 +55,7 @@ class DoRA(LoRA):
     """
 
     magnitude: nn.Parameter
+    lazy = False
     axes: Mapping[str, tuple[int | None, int | None]] = {**LoRA.axes, "magnitude": (0, None)}
 
     def __init__(
@@ -123,9 +124,6 @@ class DoRA(LoRA):
         ((path, moved),) = super().fold(host).items()
         scaled = self._over_rows(host, self._gain(host)) * self.form.matrix(moved)
         return {path: self.form.weight(scaled, moved.shape)}
-
-    def fold_for_call(self, host: nn.Module) -> dict[str, Tensor]:
-        return self.fold(host)
 
     def _gain(self, host: nn.Module) -> Tensor:
         """m/‖V‖ [..., out]; 1 for a row of zeros, where m starts at zero too."""

@@ -17,7 +17,7 @@ from .._core.override import tensors_of, weight_of
 from .._core.quantized import not_real_as, weight_shape
 from .._errors import AdapterError
 from ..kernels import dropped, join_pairs, lora_add, lora_embedding, lora_linear
-from ._lazy_hosts import is_lazily_read
+from ._lazy_hosts import is_lazily_read, shows_input
 from ._low_rank import (
     BRANCHES,
     embedding_branch,
@@ -41,14 +41,16 @@ class LoRA(Adapter):
     the pair is two convolutions: A [rank, in/groups, \*kernel], shared by the groups, then B [out, rank, 1, ...]; on
     ConvTransposeNd A [rank, in, 1, ...], then B [rank, out/groups, \*kernel]; on Embedding A [rank, entries] is looked
     up and B [dim, rank] applied, and there A starts at zero; a stack of matrices [n, out, in] gets n pairs. Every other
-    host runs with W + s B A in place of W.
+    host reads, in place of W, a tensor that stands for W + s B A: products, indexing and transposes act on W and on the
+    pair apart, and only a function that needs the whole makes it (`verify` names such functions).
 
     Args:
         host: the module to adapt, from `inject`.
         rank: r, at least 1.
         alpha: α; the scale is α/rank.
         dropout: probability, in [0, 1), of dropping an element of the input on its way to A, in training. Only where
-            the pair has an input of its own: Linear, ConvNd and ConvTransposeNd.
+            the pair has an input: not in a lookup, an RNN or the in-projections of MultiheadAttention, and elsewhere
+            not in a function that reads the weight by itself, at which the call raises.
         rank_stabilized: scale by α/√rank, which keeps the update's size as the rank grows.
         init: how the factor that is not zero is drawn: "kaiming" (uniform in ±1/√in), "gaussian" (standard deviation
             1/rank), "orthogonal" (orthonormal rows); or "pissa" (Meng et al. 2024): both factors from the principal
@@ -71,6 +73,7 @@ class LoRA(Adapter):
 
     initial_A: Tensor
     initial_B: Tensor
+    lazy = True  # whether W + s B A is all that this kind makes of W
     axes: Mapping[str, tuple[int | None, int | None]] = {
         "lora_A": (None, 1),
         "initial_A": (None, 1),
@@ -100,7 +103,7 @@ class LoRA(Adapter):
         self.kernel = None if init == "pissa" else _kernel_of(host, self.term)
         if self.term is None:
             require_overridable(host, param)
-        if dropout and (self.term is None or self.form.looks_up):
+        if dropout and (self.form.looks_up or (self.term is None and not (self.lazy and shows_input(host)))):
             raise AdapterError(
                 f"dropout={dropout}: {type(host).__name__}.{param} has no input of its own to drop from. "
                 "Use dropout=0 here."
@@ -214,11 +217,19 @@ class LoRA(Adapter):
     def fold_for_call(self, host: nn.Module) -> dict[str, Tensor]:
         """The weight and the pair apart, W + s B A never made, where the host reads an ordinary tensor."""
         weight = weight_of(host, self.param)
-        if not can_stand_for(weight) or not is_lazily_read(host, self):
+        if not (self.lazy and can_stand_for(weight) and is_lazily_read(host, self)):
+            self._require_no_dropout(host)
             return self.fold(host)
         initial = ((self.initial_A, self.initial_B),) if self.init == "pissa" else ()
         pairs = tuple(self.form.factors(*pair) for pair in ((self.lora_A, self.lora_B), *initial))
         return {self.param: lazily(weight, LowRank(pairs, self.scale, self.dropout if self.training else 0.0, self))}
+
+    def _require_no_dropout(self, host: nn.Module) -> None:
+        if self.dropout and self.training:
+            raise AdapterError(
+                f"dropout={self.dropout}: {type(host).__name__}.{self.param} is read whole here, by kernels of its "
+                "own, so there is no input to drop from. Use dropout=0."
+            )
 
     def _trained(self, of: Callable[[Tensor, Tensor], Tensor], lora_A: Tensor, lora_B: Tensor) -> Tensor:
         """What the pair gives, less what it gave at the start where it did not start at zero."""

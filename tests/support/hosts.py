@@ -34,6 +34,7 @@ class Host:
     no_merge: str = ""
     no_full_merge: str = ""
     own_input: bool = False
+    shows_input: bool = False
     train: bool = True
     plain: Callable[[nn.Module], Any] | None = None
     fast_path: bool = False
@@ -420,6 +421,7 @@ HOSTS = [
         lambda: (torch.randn(7, 4),),
         {"host": {"up": stack, "down": stack}},
         lora={"param": ["up", "down"]},
+        shows_input=True,
     ),
     Host(
         "raw-matrix",
@@ -427,6 +429,7 @@ HOSTS = [
         lambda: (torch.randn(7, 4),),
         {"host": {"gate": rows}},
         lora={"param": "gate"},
+        shows_input=True,
     ),
     Host(
         "children-read",
@@ -477,6 +480,7 @@ HOSTS = [
         _weight_norm_new(lambda: ScaledLinear(5, 3)),
         lambda: (torch.randn(4, 5),),
         {"host": {"weight": rows}},
+        shows_input=True,
         no_merge=_COMPUTED,
         plain=_drop_parametrization,
         no_pickle="parametrized",
@@ -496,11 +500,18 @@ HOSTS = [
         _weight_norm_old(lambda: ScaledLinear(5, 3)),
         lambda: (torch.randn(4, 5),),
         {"host": {"weight": rows}},
+        shows_input=True,
         no_merge=_COMPUTED,
         plain=_drop_hook,
         settles=True,
     ),
-    Host("scaled-linear", lambda: Around(ScaledLinear(5, 3)), lambda: (torch.randn(4, 5),), {"host": {"weight": rows}}),
+    Host(
+        "scaled-linear",
+        lambda: Around(ScaledLinear(5, 3)),
+        lambda: (torch.randn(4, 5),),
+        {"host": {"weight": rows}},
+        shows_input=True,
+    ),
     _lookup("scaled-embedding", lambda: ScaledEmbedding(9, 6, padding_idx=0), _tokens(4, 5)),
     _encoders("encoder-train"),
     _encoders("encoder-eval", train=False),

@@ -1,0 +1,525 @@
+"""A weight that LoRA changes and never makes: each function that has a rule, and what happens to the others."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import peftlib
+
+E, OUT, IN, TOKENS = 3, 8, 4, 5
+OFFSETS = [2, 2, 5]  # the second of three experts gets no token
+Read = Callable[[Any, Tensor], Any]
+
+
+class Reader(nn.Module):
+    """Reads its weights as the case says: a stack of matrices and a matrix."""
+
+    def __init__(self, read: Read) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(E, OUT, IN))
+        self.weight = nn.Parameter(torch.randn(OUT, IN))
+        self.read = read
+
+    def forward(self, x: Tensor) -> Any:
+        return self.read(self, x)
+
+
+def adapted(read: Read, dtype: torch.dtype = torch.float64, names: tuple[str, ...] = ("default",), **lora: Any) -> Any:
+    """A reader with moved LoRA on both of its weights, under each name."""
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(Reader(read)).to(dtype)
+    for name in names:
+        peftlib.inject(model, "0", peftlib.LoRA, param=["stack", "weight"], rank=2, alpha=3.0, name=name, **lora)
+    return moved(model)
+
+
+def moved(model: Any) -> Any:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in peftlib.parameters(model):
+            p.copy_(torch.randn(p.shape) / 2)
+    return model
+
+
+def dense(model: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The same module with plain weights, W + Σ s·B·A by hand, that are not leaves."""
+    plain: Any = model[0]
+    weights = {name: plain.get_parameter(name).detach() for name in ("stack", "weight")}
+    for _, _, each in peftlib.adapters(model):
+        part: Any = each
+        delta = part.lora_B @ part.lora_A
+        if part.init == "pissa":
+            delta = delta - part.initial_B @ part.initial_A
+        weights[part.param] = weights[part.param] + 1.5 * delta
+    reader = Reader(plain.read)
+    for name, weight in weights.items():
+        del reader._parameters[name]
+        setattr(reader, name, weight)
+    return reader, weights
+
+
+def gradients(output: Any, model: Any, x: Tensor) -> list[Tensor | None]:
+    outputs = [each for each in tree_leaves(output) if each.requires_grad]
+    torch.manual_seed(2)
+    given = [torch.randn_like(each) for each in outputs]
+    return list(torch.autograd.grad(outputs, [*peftlib.parameters(model), x], given, allow_unused=True))
+
+
+def assert_equal(found: Any, expected: Any, name: str = "") -> None:
+    limit = 1e-5 if name in FLOAT32 else 1e-10  # a hundred roundings of float32
+    for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert one.shape == other.shape
+            assert (one - other).abs().max() <= limit * max(1.0, other.abs().max().item())
+
+
+def stacked(x: Tensor) -> Tensor:
+    """[E, tokens, in], each expert its own."""
+    return torch.stack([x, x.cos(), x.sin()])
+
+
+def out_of(x: Tensor) -> Tensor:
+    """[tokens, out]: what is multiplied with rows."""
+    return x @ torch.linspace(-1, 1, IN * OUT, dtype=x.dtype).view(IN, OUT)
+
+
+def offsets() -> Tensor:
+    return torch.tensor(OFFSETS, dtype=torch.int32)
+
+
+PRODUCTS: dict[str, Read] = {
+    "linear": lambda m, x: F.linear(x, m.weight),
+    "linear with a bias": lambda m, x: F.linear(x, m.weight, torch.arange(OUT, dtype=x.dtype)),
+    "linear of a keyword": lambda m, x: F.linear(input=x, weight=m.weight, bias=None),
+    "matmul": lambda m, x: torch.matmul(out_of(x), m.weight),
+    "matmul from the left": lambda m, x: torch.matmul(m.weight, x.t()),
+    "matmul of a vector": lambda m, x: torch.matmul(m.weight, x[0]),
+    "matmul by the operator": lambda m, x: x @ m.weight.t(),
+    "matmul of a batch": lambda m, x: stacked(x) @ m.stack.transpose(1, 2),
+    "matmul broadcast over the stack": lambda m, x: x @ m.stack.mT,
+    "mm": lambda m, x: torch.mm(out_of(x), m.weight),
+    "mm as a method": lambda m, x: m.weight.mm(x.t()),
+    "bmm": lambda m, x: torch.bmm(stacked(out_of(x)), m.stack),
+    "bmm from the left": lambda m, x: torch.bmm(m.stack, stacked(x).transpose(1, 2)),
+    "addmm": lambda m, x: torch.addmm(x, out_of(x), m.weight, beta=0.5, alpha=2.0),
+    "addmm from the left": lambda m, x: torch.addmm(x.new_ones(OUT, TOKENS), m.weight, x.t(), alpha=-1.0),
+    "baddbmm": lambda m, x: torch.baddbmm(stacked(x), stacked(out_of(x)), m.stack, beta=2.0, alpha=0.5),
+    "grouped_mm": lambda m, x: F.grouped_mm(x.float(), m.stack.float().mT, offs=offsets()).double(),
+    "grouped_mm of a batch": lambda m, x: F.grouped_mm(stacked(x).float(), m.stack.float().mT).double(),
+    "_grouped_mm": lambda m, x: torch._grouped_mm(x.float(), m.stack.float().mT, offs=offsets()).double(),
+    "einsum with rows": lambda m, x: torch.einsum("to,oi->ti", out_of(x), m.weight),
+    "einsum with columns": lambda m, x: torch.einsum("oi,ti->to", m.weight, x),
+    "einsum with a stack": lambda m, x: torch.einsum("ti,eoi->teo", x, m.stack),
+    "einsum of three": lambda m, x: torch.einsum("te,eoi,ti->to", x[:, :E].softmax(-1), m.stack, x),
+    "einsum with dots": lambda m, x: torch.einsum("...i,oi->...o", stacked(x), m.weight),
+    "einsum that says no output": lambda m, x: torch.einsum("ti,oi", x, m.weight),
+    "einsum of a batch": lambda m, x: torch.einsum("eti, eoi -> eto", stacked(x), m.stack),
+    "einsum to a sum": lambda m, x: torch.einsum("ti,eoi->", x, m.stack),
+}
+VIEWS: dict[str, Read] = {
+    "one expert": lambda m, x: F.linear(x, m.stack[1]),
+    "one expert, counted from the end": lambda m, x: F.linear(x, m.stack[-1]),
+    "one expert by a tensor": lambda m, x: F.linear(x, m.stack[torch.tensor(2)]),
+    "the same expert twice": lambda m, x: F.linear(x, m.stack[1]) * F.linear(x, m.stack[1]),
+    "experts by numbers": lambda m, x: torch.bmm(m.stack[torch.tensor([2, 0, 2, 1, 2])], x.unsqueeze(-1)),
+    "experts by a list": lambda m, x: x @ m.stack[[0, 2]].mT,
+    "experts by a mask": lambda m, x: x @ m.stack[torch.tensor([True, False, True])].mT,
+    "experts by a slice": lambda m, x: x @ m.stack[1:].mT,
+    "rows of all": lambda m, x: x @ m.stack[:, :2].mT,
+    "rows and columns": lambda m, x: x[:, 1:3] @ m.stack[1, 2:, 1:3].t(),
+    "columns behind dots": lambda m, x: x[:, :2] @ m.stack[..., :2].mT,
+    "rows of a matrix": lambda m, x: F.linear(x, m.weight[2:4]),
+    "rows by their numbers": lambda m, x: x + m.weight[torch.tensor([1, 1, 0, 5, 2])],
+    "a grid of rows": lambda m, x: x + m.weight[torch.tensor([[1, 1, 0, 5, 2], [0, 0, 0, 1, 2]])],
+    "chunks of rows": lambda m, x: [F.linear(x, part) for part in m.weight.chunk(2)],
+    "chunks of columns": lambda m, x: [x[:, :2] @ part.t() for part in m.weight.chunk(2, dim=-1)],
+    "chunks of a stack's rows": lambda m, x: [x @ part.mT for part in torch.chunk(m.stack, 2, dim=1)],
+    "a split of experts": lambda m, x: [x @ part.mT for part in m.stack.split([1, 2])],
+    "a split of rows": lambda m, x: [F.linear(x, part) for part in torch.split(m.weight, 4)],
+    "a tensor_split": lambda m, x: [x @ part.mT for part in torch.tensor_split(m.stack, 2, dim=0)],
+    "unbind": lambda m, x: [F.linear(x, each) for each in m.stack.unbind()],
+    "a loop over the stack": lambda m, x: [F.linear(x, each) for each in m.stack],
+    "select": lambda m, x: F.linear(x, m.stack.select(0, 2)),
+    "narrow": lambda m, x: F.linear(x, m.weight.narrow(0, 1, 3)),
+    "narrow columns": lambda m, x: x[:, :3] @ torch.narrow(m.stack, 2, 1, 3).mT,
+    "index_select": lambda m, x: x @ m.stack.index_select(0, torch.tensor([2, 2])).mT,
+    "transpose of a matrix": lambda m, x: x @ m.weight.transpose(0, 1),
+    "swapaxes": lambda m, x: x @ torch.swapaxes(m.stack, 1, 2),
+    "T": lambda m, x: x @ m.weight.T,
+    "permute": lambda m, x: x @ m.stack.permute(0, 2, 1),
+    "permute by a list": lambda m, x: x @ torch.permute(m.stack, [0, 2, 1]),
+    "a transpose there and back": lambda m, x: x @ m.stack.mT.transpose(1, 2).mT,
+    "view": lambda m, x: x @ m.stack.view(1, E, OUT, IN).mT,
+    "reshape": lambda m, x: x @ m.stack.reshape(E, 1, OUT, IN).mT[:, 0],
+    "contiguous": lambda m, x: x @ m.stack.contiguous().mT.contiguous(),
+    "to": lambda m, x: F.linear(x, m.weight.to(x.dtype).to(x)),
+    "a cast": lambda m, x: F.linear(x.float(), m.weight.float()).double(),
+    "type_as": lambda m, x: F.linear(x, m.weight.type_as(x)),
+    "detach": lambda m, x: F.linear(x, m.weight.detach()) + F.linear(x, m.weight),
+    "embedding": lambda m, x: x + F.embedding(torch.tensor([1, 1, 0, 5, 2]), m.weight),
+    "embedding with padding": lambda m, x: x + F.embedding(torch.tensor([1, 1, 0, 5, 2]), m.weight, padding_idx=1),
+}
+RULES = PRODUCTS | VIEWS
+FLOAT32 = {"a cast", "grouped_mm", "grouped_mm of a batch", "_grouped_mm"}  # torch has no other grouped product
+
+
+def case(read: Read, **lora: Any) -> tuple[Any, Tensor]:
+    model = adapted(read, **lora)
+    return model, torch.randn(TOKENS, IN, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_function_with_a_rule_equals_the_dense_weight_and_never_makes_it(name):
+    model, x = case(RULES[name])
+    reader, _ = dense(model)
+    found, expected = model(x), reader(x)
+    assert_equal(found, expected, name)
+    assert_equal(gradients(found, model, x), gradients(expected, model, x), name)
+    assert not peftlib.verify(model, x).materialized
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_function_with_a_rule_sums_two_adapters_of_which_one_started_from_singular_vectors(name):
+    model = adapted(RULES[name])
+    peftlib.inject(model, "0", peftlib.LoRA, param=["stack", "weight"], rank=2, alpha=3.0, name="other", init="pissa")
+    peftlib.activate(moved(model), "default", "other")
+    x = torch.randn(TOKENS, IN, dtype=torch.float64, requires_grad=True)
+    reader, _ = dense(model)
+    found, expected = model(x), reader(x)
+    assert_equal(found, expected, name)
+    assert_equal(gradients(found, model, x), gradients(expected, model, x), name)
+    assert not peftlib.verify(model, x).materialized
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fresh_adapter_changes_no_bit(name, dtype, init):
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(Reader(RULES[name])).to(dtype)
+    x = torch.randn(TOKENS, IN, dtype=dtype, requires_grad=True)
+    base = model(x)
+    peftlib.inject(model, "0", peftlib.LoRA, param=["stack", "weight"], rank=2, init=init)
+    for one, other in zip(tree_leaves(model(x)), tree_leaves(base), strict=True):
+        assert torch.equal(one, other)
+
+
+# Without a rule
+
+WHOLE: dict[str, tuple[Read, str]] = {
+    "a product of elements": (lambda m, x: F.linear(x, m.weight * 2), "mul"),
+    "a power": (lambda m, x: F.linear(x, m.weight**2), "pow"),
+    "a norm": (lambda m, x: x * m.weight.norm(), "norm"),
+    "joined weights": (lambda m, x: F.linear(x, torch.cat([m.weight, m.weight])), "cat"),
+    "a column": (lambda m, x: x + m.weight[:, 1].sum(), "getitem"),
+    "a flat view": (lambda m, x: x @ m.stack.view(E * OUT, IN).T, "view"),
+    "an outer product": (lambda m, x: torch.einsum("t,oi->toi", x[:, 0], m.weight), "einsum 't,oi->toi'"),
+    "elements, not rows": (lambda m, x: torch.einsum("ti,ti->ti", x[:1].expand(OUT, IN), m.weight), "einsum"),
+    "the weight with itself": (lambda m, x: F.linear(x, m.weight @ m.weight.t() @ m.weight), "matmul"),
+    "a computed property": (lambda m, x: x @ m.weight.H, "H"),
+    "an operator of torch": (lambda m, x: torch.ops.aten.mm.default(x, m.weight.t()), "mm"),
+    "a map over the stack": (lambda m, x: torch.vmap(lambda w: x @ w.T)(m.stack), ""),
+    "a change in place": (lambda m, x: (m.weight.mul_(2), F.linear(x, m.weight))[1], "mul_"),
+    "an entry set": (lambda m, x: (m.weight.__setitem__(0, 1.0), F.linear(x, m.weight))[1], "setitem"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_function_without_a_rule_gets_the_whole_weight_and_is_named(name):
+    read, function = WHOLE[name]
+    model, x = case(read)
+    reader, _ = dense(model)
+    found, expected = model(x), reader(x)
+    assert_equal(found, expected)
+    assert_equal(gradients(found, model, x), gradients(expected, model, x))
+    verified = peftlib.verify(model, x)
+    assert any(function in line and " on 0." in line for line in verified.materialized)
+    assert all(line in str(verified) for line in verified.materialized)
+
+
+def facts(weight: Any) -> dict[str, Any]:
+    """What a module may ask of a weight without reading a value."""
+    return {
+        "shape": tuple(weight.shape), "sizes": tuple(weight.size()), "rows": weight.size(-2), "length": len(weight),
+        "dimensions": (weight.dim(), weight.ndim), "elements": (weight.numel(), torch.numel(weight)),
+        "strides": weight.stride(), "dtype": weight.dtype, "device": weight.device, "layout": weight.layout,
+        "contiguous": weight.is_contiguous(), "floating": torch.is_floating_point(weight) and not weight.is_complex(),
+        "element": (weight.element_size(), weight.itemsize), "on": (weight.is_cuda, weight.is_meta),
+        "is a tensor": isinstance(weight, Tensor),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("pick", [lambda m: m.stack, lambda m: m.weight, lambda m: m.stack[0].mT])
+def test_what_a_weight_is_can_be_asked_without_making_it(pick):
+    told: list[Any] = []
+
+    def read(m: Any, x: Tensor) -> Tensor:
+        told.append(facts(pick(m)))
+        return x * pick(m).shape[-1] + F.linear(x, m.weight).sum()
+
+    model, x = case(read)
+    assert not peftlib.verify(model, x).materialized
+    base = Reader(read).double()
+    base(x)
+    assert all(each == told[-1] for each in told[:-1])
+
+
+def test_a_weight_requires_a_gradient_where_its_factors_do():
+    told: list[bool] = []
+    model, x = case(lambda m, x: told.append(m.weight.requires_grad) or F.linear(x, m.weight))
+    model(x)
+    peftlib.train_only(model)
+    model(x)
+    assert told == [True, False]
+
+
+# Dropout
+
+
+def mask(model: Any, x: Tensor) -> Tensor:
+    """What dropout leaves of an input of ones: with W = 0 and B·A the identity the output is the dropped input."""
+    probe = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in probe.named_parameters():
+            p.zero_() if "lora" not in name else p.copy_(torch.eye(*p.shape[-2:]).expand(p.shape))
+    torch.manual_seed(3)
+    return probe(torch.ones_like(x)).detach()
+
+
+SQUARE: dict[str, tuple[Read, bool]] = {
+    "linear": (lambda m, x: F.linear(x, m.weight), False),
+    "matmul": (lambda m, x: x @ m.weight, True),
+    "mm": (lambda m, x: torch.mm(x, m.weight.t()), False),
+    "addmm": (lambda m, x: torch.addmm(torch.zeros_like(x), x, m.weight), True),
+    "einsum": (lambda m, x: torch.einsum("ti,oi->to", x, m.weight), False),
+}
+
+
+@pytest.mark.parametrize("name", SQUARE)
+def test_dropout_acts_on_the_input_of_the_low_rank_product(name):
+    read, turned = SQUARE[name]
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(Square(read)).double()
+    peftlib.inject(model, "0", peftlib.LoRA, param="weight", rank=4, alpha=4.0, dropout=0.4)
+    moved(model)
+    x = torch.randn(TOKENS, 4, dtype=torch.float64, requires_grad=True)
+    kept = mask(model, x)
+    assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
+    torch.manual_seed(3)
+    found = model(x)
+    A, B = peftlib.parameters(model)
+    W, delta = model[0].get_parameter("weight"), B @ A
+    expected = (x @ W + (kept * x) @ delta) if turned else (x @ W.t() + (kept * x) @ delta.t())
+    assert_equal(found, expected)
+    assert_equal(gradients(found, model, x), gradients(expected, model, x))
+    assert_equal(model.eval()(x), x @ (W + delta) if turned else x @ (W + delta).t())
+
+
+class Square(nn.Module):
+    def __init__(self, read: Read) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self, x)
+
+
+@pytest.mark.parametrize("name", ["a product of elements", "a norm", "joined weights", "an outer product"])
+def test_dropout_is_refused_at_a_call_that_has_no_input_to_drop_from(name):
+    read, function = WHOLE[name]
+    model, x = case(read, dropout=0.3)
+    with pytest.raises(peftlib.AdapterError, match=function):
+        model(x)
+    reader, _ = dense(model)
+    assert_equal(model.eval()(x), reader(x))
+
+
+@pytest.mark.parametrize("name", ["rows by their numbers", "embedding"])
+def test_dropout_is_refused_where_rows_are_looked_up(name):
+    model, x = case(VIEWS[name], dropout=0.3)
+    with pytest.raises(peftlib.AdapterError, match="dropout"):
+        model(x)
+
+
+def test_dropout_is_refused_between_two_inputs():
+    model, x = case(lambda m, x: torch.einsum("ti,ti,oi->to", x, x, m.weight), dropout=0.3)
+    with pytest.raises(peftlib.AdapterError, match="einsum"):
+        model(x)
+
+
+# What goes past torch's functions
+
+
+class Product(torch.autograd.Function):
+    """A product of someone else, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad_outputs[0] @ weight, grad_outputs[0].t() @ x
+
+
+def test_the_gradient_of_a_function_of_someone_else_reaches_the_factors():
+    model, x = case(lambda m, x: Product.apply(x, m.weight))
+    reader, _ = dense(model)
+    found, expected = model(x), reader(x)
+    assert_equal(found, expected)
+    assert_equal(gradients(found, model, x), gradients(expected, model, x))
+
+
+def test_a_part_in_a_function_of_someone_else_is_refused_while_it_trains():
+    """Its gradient would end there; without training it is right."""
+    model, x = case(lambda m, x: Product.apply(x, m.stack[1]) + F.linear(x, m.stack[0]))
+    with pytest.raises(peftlib.AdapterError, match="stack"):
+        model(x)
+    reader, _ = dense(model)
+    with torch.no_grad():
+        assert_equal(model(x), reader(x))
+    peftlib.train_only(model)
+    assert_equal(model(x), reader(x))
+
+
+def test_a_change_in_place_is_gone_after_the_call():
+    model, x = case(lambda m, x: (m.weight.mul_(2), F.linear(x, m.weight))[1])
+    assert torch.equal(model(x), model(x))
+
+
+# Beside the rest of torch and of peftlib
+
+
+def test_other_adapters_around_it_read_the_changed_weight():
+    model, x = case(lambda m, x: torch.einsum("ti,eoi->teo", x, m.stack) + F.linear(x, m.weight)[:, None])
+    peftlib.inject(model, "0", peftlib.DoRA, param="stack", rank=2, name="direction")
+    peftlib.inject(model, "0", peftlib.LoRA, param="stack", rank=2, name="more", alpha=3.0)
+    peftlib.activate(moved(model), "default", "direction", "more")
+    live = model(x)
+    live.sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in peftlib.parameters(model))
+    with peftlib.merged(model):
+        assert_equal(live, model(x))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_gives_equal_gradients(reentrant):
+    model, x = case(
+        lambda m, x: torch.tanh(F.linear(x, m.weight)) @ m.stack[1] + x @ m.stack[0].t() @ m.weight, dropout=0.2
+    )
+    results = []
+    for run in (model, lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)):
+        torch.manual_seed(4)
+        x.grad = None
+        model.zero_grad()
+        run(x).square().sum().backward()
+        results.append([p.grad.clone() for p in [*peftlib.parameters(model), x]])
+    assert_equal(*results)
+
+
+def test_autocast_computes_in_its_dtype_and_keeps_the_factors_own():
+    model, _ = case(lambda m, x: torch.bmm(F.linear(x, m.weight).expand(E, TOKENS, OUT), m.stack))
+    model.float()
+    x = torch.randn(TOKENS, IN, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), model(x), rtol=0.1, atol=0.1)
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in peftlib.parameters(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_beside_half_precision_the_factors_stay_float32(dtype):
+    model = adapted(lambda m, x: (x @ m.stack.mT).sum(0) + F.linear(x, m.weight[:]), dtype)
+    assert {p.dtype for p in peftlib.parameters(model)} == {torch.float32}
+    x = torch.randn(TOKENS, IN, dtype=dtype)
+    reader, _ = dense(copy.deepcopy(model).double())
+    y = model(x)
+    assert y.dtype == dtype
+    assert (y.double() - reader(x.double())).abs().max() <= 8 * torch.finfo(dtype).eps * y.abs().max()  # 8 roundings
+
+
+def test_transforms_of_torch_func_are_equal():
+    model, x = case(lambda m, x: torch.tanh(x @ m.stack[1].t()) @ m.weight)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(trained: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters | trained, (x[None],)).square().sum()
+
+    trained = {name: p for name, p in parameters.items() if "lora" in name}
+    apart = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(trained, x.detach())
+    for row in range(TOKENS):
+        model.zero_grad()
+        model(x[row : row + 1]).square().sum().backward()
+        assert_equal([g[row] for g in apart.values()], [model.get_parameter(name).grad for name in apart])
+
+
+def test_a_second_derivative_is_right():
+    model, x = case(lambda m, x: torch.tanh(x @ m.stack[1].t()) @ m.weight)
+    reader, _ = dense(model)
+    curvatures = []
+    for run in (model, reader):
+        (first,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
+        curvatures.append(torch.autograd.grad(first.square().sum(), list(peftlib.parameters(model))))
+    assert_equal(*curvatures)
+
+
+class Bytes(TorchDispatchMode):
+    """What is made: the sizes of new storages, the largest of them, and their sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        found = func(*args, **kwargs or {})
+        new = [each.untyped_storage() for each in tree_leaves(found) if isinstance(each, Tensor)]
+        self.sizes += [each.nbytes() for each in new if each.data_ptr() not in known]
+        return found
+
+
+@pytest.mark.parametrize("name", ["a loop", "grouped", "a batch"])
+def test_a_step_makes_less_than_the_stack_of_experts(name):
+    """Beside the base's own: the loop reads every expert, and its gradients are one stack of each factor."""
+    reads: dict[str, Read] = {
+        "a loop": lambda m, x: torch.stack([F.linear(x, m.stack[e]) for e in range(16)]),
+        "grouped": lambda m, x: F.grouped_mm(x, m.stack.mT, offs=torch.arange(1, 17, dtype=torch.int32)),
+        "a batch": lambda m, x: torch.bmm(x.expand(16, 16, 128), m.stack.mT),
+    }
+    model: Any = nn.Sequential(Experts(reads[name]))
+    x = torch.randn(16, 128)
+    made = []
+    for adapt in (False, True):
+        if adapt:
+            peftlib.inject(model, "0", peftlib.LoRA, param="stack", rank=2)
+            moved(model)
+        with Bytes() as counted:
+            y = model(x)
+            torch.autograd.grad(y.square().sum(), list(peftlib.parameters(model))) if adapt else None
+        made.append(counted.sizes)
+    stack = 16 * 128 * 128 * 4
+    assert max(made[1]) < stack / 2
+    assert sum(made[1]) - sum(made[0]) < stack
+
+
+class Experts(nn.Module):
+    def __init__(self, read: Read) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(16, 128, 128), requires_grad=False)
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.read(self, x)
