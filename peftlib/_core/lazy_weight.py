@@ -163,7 +163,7 @@ class LazyWeight:
         if func in _METADATA:
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs or {})
-        rule = RULES.get(func)
+        rule = RULES.get(func) or RULES.get(getattr(func, "_qualified_op_name", None))  # an operator of a library
         if rule is not None and not any(isinstance(each, LazyWeight) and each.is_made(func) for each in args):
             found = rule(func, *args, **kwargs or {})
             if found is not NotImplemented:

@@ -95,6 +95,10 @@ def _grouped(product: Any, mat_a: Any, mat_b: Any, *rest: Any, **options: Any) -
     )  # fmt: skip
 
 
+# What transformers calls where torch's own does not run: compiled in float32, on some devices.
+RULES["transformers::grouped_mm_fallback"] = _grouped
+
+
 def _aligned(factor: Tensor) -> Tensor:
     """[..., rank] with zeros behind: grouped products ask for rows of whole 16 bytes."""
     missing = -factor.shape[-1] % (16 // factor.element_size())

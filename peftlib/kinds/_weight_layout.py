@@ -106,6 +106,9 @@ def matrices_of(host: nn.Module) -> list[str]:
     if isinstance(weight, Tensor) and (weight.dim() >= 2 or not weight.is_floating_point()):
         return ["weight"]
     own = {name: tuple(p.shape) for name, p in host.named_parameters(recurse=False)}
+    stacks = [name for name, shape in own.items() if len(shape) == 3]
+    if stacks:  # a mixture's experts
+        return stacks
     wide = [name for name, shape in own.items() if len(shape) >= 2]
     advice = f"Pass param={wide[0]!r}" if wide else _inside(host)
     raise AdapterError(f"{type(host).__name__} has no `weight` matrix (its parameters: {own or 'none'}). {advice}.")

@@ -56,7 +56,7 @@ class LoRA(Adapter):
             1/rank), "orthogonal" (orthonormal rows); or "pissa" (Meng et al. 2024): both factors from the principal
             singular vectors of W, and what trains is their change, so that W itself stays as it is.
         param: the weight, or a list of them, by dotted name on the host; default its own matrices (`weight`; the
-            in-projections of MultiheadAttention; all weights of an RNN).
+            in-projections of MultiheadAttention; all weights of an RNN; the stacks [experts, ...] of a mixture).
         dtype: of the factors; default W's own, or float32 beside a half-precision or quantized W.
 
     Raises:

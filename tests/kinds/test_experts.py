@@ -1,0 +1,184 @@
+"""Mixtures of experts of transformers: LoRA on the stacks, through each way in which a model runs its experts."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import peftlib
+
+SIZES = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    "intermediate_size": 24, "moe_intermediate_size": 16, "vocab_size": 31, "num_experts_per_tok": 2,
+    "max_position_embeddings": 32, "pad_token_id": 0, "attn_implementation": "eager",
+}  # fmt: skip
+LATENT = {
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "head_dim": 4,
+}  # fmt: skip
+MODELS: dict[str, Callable[[], Any]] = {
+    "qwen3": lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**SIZES, num_experts=4, decoder_sparse_step=1)),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, num_local_experts=4)),
+    "deepseek": lambda: tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**SIZES | LATENT)),
+    "gpt_oss": lambda: tf.GptOssForCausalLM(
+        tf.GptOssConfig(**SIZES, num_local_experts=4, layer_types=["full_attention"] * 2)
+    ),
+    "llama4": lambda: tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(**SIZES | {"num_experts_per_tok": 1}, intermediate_size_mlp=24, num_local_experts=4)
+    ),
+    "glm4": lambda: tf.Glm4MoeForCausalLM(
+        tf.Glm4MoeConfig(**SIZES, n_routed_experts=4, first_k_dense_replace=1, n_group=1, topk_group=1)
+    ),
+    "qwen2, shared experts": lambda: tf.Qwen2MoeForCausalLM(
+        tf.Qwen2MoeConfig(**SIZES, num_experts=4, shared_expert_intermediate_size=12, decoder_sparse_step=1)
+    ),
+}
+TARGETS = {"llama4": "feed_forward.experts"}
+EXPERTS = ["eager", "grouped_mm", "batched_mm"]
+CELLS = [(name, how) for name in MODELS for how in (EXPERTS if name != "llama4" else ["eager"])]
+every_cell = pytest.mark.parametrize(("name", "how"), CELLS)
+
+
+def mixture(name: str, how: str, dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for p in model.parameters():  # some start at zero, and a router of zeros has no choice to make
+            p.copy_(torch.randn(p.shape) / 4)
+    if name != "llama4":
+        model.set_experts_implementation(how)
+    return model.to(dtype).eval()
+
+
+def adapted(name: str, how: str, dtype: torch.dtype = torch.float64, **lora: Any) -> Any:
+    model = mixture(name, how, dtype)
+    peftlib.inject(model, TARGETS.get(name, "mlp.experts"), peftlib.LoRA, rank=4, alpha=2.0, **lora)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in peftlib.parameters(model):
+            p.copy_(torch.randn(p.shape) / 4)
+    return model
+
+
+def tokens() -> Tensor:
+    torch.manual_seed(2)
+    return torch.randint(1, 31, (2, 7))
+
+
+def logits(model: Any) -> Tensor:
+    return model(tokens()).logits
+
+
+def dense(name: str, model: Any) -> Tensor:
+    """Of the same mixture in float64, whose experts' loop reads W + s·B·A as a plain tensor."""
+    plain = mixture(name, "eager")
+    for host, _, each in peftlib.adapters(model):
+        part: Any = each
+        owner = plain.get_submodule(host)
+        weight = owner._parameters.pop(part.param).detach() + 0.5 * part.lora_B.double() @ part.lora_A.double()
+        setattr(owner, part.param, weight)
+    return logits(plain)
+
+
+def gradients(output: Tensor, model: Any) -> list[Tensor]:
+    torch.manual_seed(3)
+    given = torch.randn(output.shape, dtype=torch.float64)
+    return list(torch.autograd.grad(output, list(peftlib.parameters(model)), given.to(output.dtype)))
+
+
+def assert_close(found: Any, expected: Any, limit: float) -> None:
+    for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert (one.double() - other.double()).abs().max() <= limit * max(1.0, other.abs().max().item())
+
+
+@pytest.fixture
+def any_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's grouped product has no float64; transformers' own, for where torch's does not run, has."""
+    monkeypatch.setattr("transformers.integrations.moe._can_use_grouped_mm", lambda *_: False)
+
+
+@every_cell
+@pytest.mark.usefixtures("any_dtype")
+def test_outputs_gradients_and_merged_weights_equal_dense_float64(name, how):
+    model = adapted(name, how)
+    found, expected = logits(model), dense(name, model)
+    assert_close(found, expected, 1e-10)
+    assert_close(gradients(found, model), gradients(expected, model), 1e-10)
+    verified = peftlib.verify(model, tokens())
+    assert verified, str(verified)
+    assert not verified.materialized
+    with peftlib.merged(model):
+        assert_close(logits(model), expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "llama4"])
+def test_torch_s_own_grouped_product_agrees(name):
+    model = adapted(name, "grouped_mm", torch.float32)
+    found, expected = logits(model), dense(name, model)
+    assert_close(found, expected, 1e-4)  # the router's choice is the same; a thousand roundings of float32
+    assert_close(gradients(found, model), gradients(expected, model), 1e-4)
+    assert not peftlib.verify(model, tokens()).materialized
+
+
+@every_cell
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fresh_adapter_changes_no_bit(name, how, dtype):
+    model = mixture(name, how, dtype)
+    base = logits(model)
+    peftlib.inject(model, TARGETS.get(name, "mlp.experts"), peftlib.LoRA, rank=3, dropout=0.2)
+    assert torch.equal(logits(model), base)
+    model.train()
+    peftlib.eject(model)
+    assert torch.equal(logits(model.eval()), base)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_stacks_of_a_mixture_are_found_and_param_narrows(name):
+    target = TARGETS.get(name, "mlp.experts")
+    model = adapted(name, "eager")
+    assert {part.param for _, _, part in peftlib.adapters(model)} == {"gate_up_proj", "down_proj"}
+    narrow = mixture(name, "eager")
+    peftlib.inject(narrow, target, peftlib.LoRA, param="down_proj")
+    assert {part.param for _, _, part in peftlib.adapters(narrow)} == {"down_proj"}
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compiled_in_one_graph_no_stack_is_made(name, how, dropout, fresh_dynamo):
+    model = adapted(name, how, torch.float32, dropout=dropout)
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    shapes = {tuple(p.shape) for _, p in experts.named_parameters(recurse=False) if p.dim() == 3}
+    made: list[Any] = []
+
+    def look(graph: Any, inputs: Any) -> Any:
+        values = [node.meta.get("example_value") for node in graph.graph.nodes if node.target in ADDS]
+        made.extend(value for value in values if isinstance(value, Tensor) and tuple(value.shape) in shapes)
+        return graph
+
+    compiled = torch.compile(experts.train(), fullgraph=True, backend=look)
+    x, index = torch.randn(6, 16), torch.randint(0, 4, (6, 2))
+    share = torch.rand(6, 2)
+    results = []
+    for run in (experts, compiled):
+        torch.manual_seed(5)
+        output = run(x, index, share)
+        results.append([output, *torch.autograd.grad(output.square().sum(), list(peftlib.parameters(experts)))])
+    assert not made
+    if not dropout:  # a traced mask is drawn in another order
+        assert_close(results[1], results[0], 1e-5)
+
+
+ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
