@@ -40,9 +40,9 @@ FILES = {
         "lora bottleneck",
     ],
     "_core": [
-        "targets override table foreign containers reads lazy_weight",
+        "targets override table foreign containers reads",
         "quantized adapter",
-        "clone guesses",
+        "clone guesses lazy_weight",
         "host",
         "walk",
         "merged_weights",

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from .._errors import AdapterError
 from ..kernels import dropped
 from ..kernels.dispatch import apply
+from .quantized import wraps_others
 
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -146,6 +147,11 @@ class LazyWeight:
 
     def new_whole(self, by: str) -> Tensor:
         self._require_no_dropout(by)
+        if wraps_others(self.base):
+            raise AdapterError(
+                f"{self._name()} is {type(self.base).__name__} of {self.base.dtype}, quantized, and {by} needs the "
+                "whole weight with its low-rank change. Dequantize it, or exclude the module."
+            )
         note_materialized(by, *(change.adapter for change in self.changes))
         with torch.set_grad_enabled(self.tracks):
             return _sum(self.base, self.changes)
@@ -262,7 +268,7 @@ def note_materialized(by: str, *adapters: nn.Module) -> None:
 
 def can_stand_for(weight: Tensor) -> bool:
     """Whether a lazy weight may take this one's place."""
-    return isinstance(weight, LazyWeight) or type(weight) in (Tensor, nn.Parameter)
+    return isinstance(weight, LazyWeight) or type(weight) in (Tensor, nn.Parameter) or wraps_others(weight)
 
 
 def lazily(weight: Tensor, change: LowRank) -> Any:

@@ -17,17 +17,30 @@ import peftlib
 RANKS, STEPS, BATCH = 2, 3, 8
 
 
+class Mixture(nn.Module):
+    """Experts in one stack, whose adapted weight is never made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(2, 8, 8) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.stack[0]) * torch.einsum("bti,eoi->bto", x, self.stack)
+
+
 class Block(nn.Module):
-    """A fused host, one that runs with shadowed weights, and one with its own copy."""
+    """A fused host, one that runs with shadowed weights, one that reads a stack, and one with its own copy."""
 
     def __init__(self) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.norm = nn.LayerNorm(8)
         self.linear = nn.Linear(8, 8)
+        self.mixture = Mixture()
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.mixture(x)
         return x + torch.tanh(self.linear(self.norm(x)))
 
 
@@ -48,7 +61,9 @@ class Network(nn.Module):
 def build() -> Network:
     torch.manual_seed(1)
     model = Network().double()
-    peftlib.inject(model, ["embedding", "attention", "out_proj", "linear"], peftlib.LoRA, rank=2, name="task")
+    peftlib.inject(
+        model, ["embedding", "attention", "out_proj", "linear", "mixture"], peftlib.LoRA, rank=2, name="task"
+    )
     peftlib.inject(model, ["norm", "head"], peftlib.Full, name="task")
     peftlib.inject(model, "attention", peftlib.Prefix, length=2, name="task")
     peftlib.inject(model, "embedding", peftlib.Prompt, length=2, name="task")

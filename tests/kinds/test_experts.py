@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torchao.quantization import Int8Tensor
+from torchao.quantization.granularity import PerRow
 
 import peftlib
 
@@ -58,10 +60,7 @@ def mixture(name: str, how: str, dtype: torch.dtype = torch.float64) -> Any:
 def adapted(name: str, how: str, dtype: torch.dtype = torch.float64, **lora: Any) -> Any:
     model = mixture(name, how, dtype)
     peftlib.inject(model, TARGETS.get(name, "mlp.experts"), peftlib.LoRA, rank=4, alpha=2.0, **lora)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in peftlib.parameters(model):
-            p.copy_(torch.randn(p.shape) / 4)
+    moved(model)
     return model
 
 
@@ -182,3 +181,51 @@ def test_compiled_in_one_graph_no_stack_is_made(name, how, dropout, fresh_dynamo
 
 
 ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
+
+class Quantized(nn.Module):
+    """A loop over experts that torchao has packed into int8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        packed = Int8Tensor.from_hp(torch.randn(4, 64, 32), granularity=PerRow())
+        self.experts = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([nn.functional.linear(x, self.experts[expert]) for expert in range(4)])
+
+
+def test_beside_quantized_experts_the_pairs_train_and_the_codes_stay():
+    model: Any = Quantized()
+    codes, x = model.experts.qdata.clone(), torch.randn(5, 32)
+    base = model(x)
+    peftlib.inject(model, Quantized, peftlib.LoRA, rank=2, alpha=4.0)
+    assert torch.equal(model(x), base)
+    A, B = moved(model)
+    y = model(x)
+    torch.testing.assert_close(y, base + 2.0 * x @ (B @ A).transpose(1, 2), rtol=1e-4, atol=1e-4)
+    y.square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in (A, B))
+    assert torch.equal(model.experts.qdata, codes)
+    with pytest.raises(peftlib.AdapterError, match="experts"):
+        peftlib.merge(model)
+
+
+def test_where_quantized_experts_would_be_made_whole_the_function_is_named():
+    class Flat(Quantized):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.experts.flatten(0, 1).t()
+
+    model = Flat()
+    peftlib.inject(model, Flat, peftlib.LoRA, rank=2)
+    with pytest.raises(peftlib.AdapterError, match=r"experts .* flatten"):
+        model(torch.randn(5, 32))
+
+
+def moved(model: nn.Module) -> list[nn.Parameter]:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in peftlib.parameters(model):
+            p.copy_(torch.randn(p.shape) / 4)
+    return list(peftlib.parameters(model))
