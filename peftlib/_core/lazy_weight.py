@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass, _are_functorch_transforms_active
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_map_only
@@ -124,11 +125,7 @@ class LazyWeight:
     def _name(self) -> str:
         return getattr(self.changes[0].adapter, "param", "a weight")
 
-    def is_made(self, func: Any) -> bool:
-        self._require_gradient(func)
-        return self.made is not None
-
-    def _require_gradient(self, func: Any) -> None:
+    def require_gradient(self, func: Any) -> None:
         """A part knows only its factors: it has no node of its own (`_Standing` for each expert that is picked would
         take a quarter of an eager loop's time), so a Function of someone else would end the gradient here."""
         if self.is_part and self.tracks and not torch.is_grad_enabled():
@@ -140,18 +137,13 @@ class LazyWeight:
 
     def whole(self, by: str) -> Tensor:
         """What it stands for, made as it would have been where this object was made."""
-        self._require_gradient(by)
         if self.made is None:
             self.made = self.new_whole(by)
         return self.made
 
     def new_whole(self, by: str) -> Tensor:
         self._require_no_dropout(by)
-        if wraps_others(self.base):
-            raise AdapterError(
-                f"{self._name()} is {type(self.base).__name__} of {self.base.dtype}, quantized, and {by} needs the "
-                "whole weight with its low-rank change. Dequantize it, or exclude the module."
-            )
+        self._require_values(by)
         note_materialized(by, *(change.adapter for change in self.changes))
         with torch.set_grad_enabled(self.tracks):
             return _sum(self.base, self.changes)
@@ -164,17 +156,28 @@ class LazyWeight:
                 "without an input that is known, so there is nothing to drop from. Use dropout=0 here."
             )
 
+    def _require_values(self, by: str) -> None:
+        if wraps_others(self.base):
+            raise AdapterError(
+                f"{self._name()} is {type(self.base).__name__} of {self.base.dtype}, quantized, and {by} needs the "
+                "whole weight with its low-rank change. Dequantize it, or exclude the module."
+            )
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in _METADATA:
             with DisableTorchFunctionSubclass():
-                return func(*args, **kwargs or {})
+                return func(*args, **kwargs)
+        lazy = [each for each in (*args, *kwargs.values()) if isinstance(each, LazyWeight)]
+        for each in lazy:
+            each.require_gradient(func)
         rule = RULES.get(func) or RULES.get(getattr(func, "_qualified_op_name", None))  # an operator of a library
-        if rule is not None and not any(isinstance(each, LazyWeight) and each.is_made(func) for each in args):
-            found = rule(func, *args, **kwargs or {})
+        if rule is not None and all(each.made is None for each in lazy):
+            found = rule(func, *args, **kwargs)
             if found is not NotImplemented:
                 return found
-        return _with_wholes(func, _described(func, args), args, kwargs or {})
+        return _with_wholes(func, _described(func, args), args, kwargs)
 
 
 class LazyTensor(LazyWeight, Tensor):
@@ -281,11 +284,11 @@ def lazily(weight: Tensor, change: LowRank) -> Any:
 def _standing(base: Tensor, changes: tuple[LowRank, ...]) -> LazyWeight:
     if is_compiling():
         return TracedWeight(base, changes)
-    inputs = [base, *(factor for change in changes for factor in change.factors())]
-    tracks = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
+    factors = [factor for change in changes for factor in change.factors()]
+    tracks = torch.is_grad_enabled() and any(each.requires_grad for each in (base, *factors))
     if not tracks or _are_functorch_transforms_active():
         return LazyTensor(base, changes, tracks)
-    return apply(_Standing, changes, *inputs)
+    return apply(_Standing, changes, base, *factors)
 
 
 class _Standing(Function):
@@ -293,21 +296,22 @@ class _Standing(Function):
     extension) computes with the whole, and its gradient arrives here and goes on to the factors."""
 
     @staticmethod
-    def forward(ctx: Any, changes: tuple[LowRank, ...], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, changes: tuple[LowRank, ...], base: Tensor, *factors: Tensor) -> Tensor:
         ctx.changes = changes
-        ctx.save_for_backward(*inputs)
-        return LazyTensor(inputs[0], changes, True)
+        ctx.save_for_backward(*factors)
+        return LazyTensor(base, changes, True)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = [each.detach().requires_grad_(each.requires_grad) for each in ctx.saved_tensors]
-        base, *factors = inputs
+        of_base, *needed = ctx.needs_input_grad[1:]
+        factors = [each.detach().requires_grad_(need) for each, need in zip(ctx.saved_tensors, needed, strict=True)]
         following = iter(factors)
-        changes = [
-            change._replace(pairs=tuple((next(following), next(following)) for _ in change.pairs))
-            for change in ctx.changes
-        ]
         with torch.enable_grad():
-            whole = _sum(base, changes)
-        found = iter(torch.autograd.grad(whole, [each for each in inputs if each.requires_grad], grad_outputs))
-        return None, *(next(found) if each.requires_grad else None for each in inputs)
+            wholes = [
+                change._replace(pairs=tuple((next(following), next(following)) for _ in change.pairs)).whole()
+                for change in ctx.changes
+            ]
+        given = [grad_outputs[0].to(whole.dtype) for whole in wholes]
+        found = iter(torch.autograd.grad(wholes, [each for each in factors if each.requires_grad], given))
+        return None, grad_outputs[0] if of_base else None, *(next(found) if need else None for need in needed)

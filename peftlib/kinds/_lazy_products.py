@@ -2,7 +2,7 @@
 
 import string
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,28 +115,35 @@ def _bilinear(bilinear: Any, input1: Any, input2: Any, weight: Any, bias: Any = 
 
 @rule_for("einsum")
 def _einsum(einsum: Any, equation: Any, *operands: Any) -> Any:
-    operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     lazy = [place for place, each in enumerate(operands) if isinstance(each, LazyWeight)]
     if not isinstance(equation, str) or len(lazy) != 1:
         return NotImplemented
     place = lazy[0]
     weight, others = operands[place], [*operands[:place], *operands[place + 1 :]]
     plan = _einsum_plan(equation, place, weight.stack, len(operands))
-    if plan is None or (plan[-1] and any(change.dropout for change in weight.changes)):
+    if plan is None or (plan.has_two_inputs and any(change.dropout for change in weight.changes)):
         return NotImplemented
-    meets, first, second, meets_right, _ = plan
-    x, others = others[meets], [*others[:meets], *others[meets + 1 :]]
+    x, others = others[plan.meets], [*others[: plan.meets], *others[plan.meets + 1 :]]
     y = einsum(equation, *operands[:place], weight.base, *operands[place + 1 :])
     return added(
         y, weight, x,
-        lambda x, L, R: einsum(first, x, R if meets_right else L),
-        lambda h, L, R: einsum(second, *others, h, L if meets_right else R),
+        lambda x, L, R: einsum(plan.first, x, R if plan.meets_right else L),
+        lambda h, L, R: einsum(plan.second, *others, h, L if plan.meets_right else R),
     )  # fmt: skip
 
 
-def _einsum_plan(equation: str, place: int, stack: int, count: int) -> tuple[int, str, str, bool, bool] | None:
-    """Which of the other operands meets a factor first, the two equations, whether that factor is R, and whether more
-    than one operand is an input. None where the weight is not summed over: the result is of its size itself."""
+class _Plan(NamedTuple):
+    """Which of the other operands meets a factor, R or L, by the first equation; the second one does the rest."""
+
+    meets: int
+    meets_right: bool
+    first: str
+    second: str
+    has_two_inputs: bool
+
+
+def _einsum_plan(equation: str, place: int, stack: int, count: int) -> _Plan | None:
+    """None where the weight is not summed over: the result is of its size itself."""
     terms, output = _terms_of(equation)
     own = terms[place] if len(terms) == count else _DOTS
     if _DOTS in own or len(set(own)) != len(own):
@@ -150,7 +157,8 @@ def _einsum_plan(equation: str, place: int, stack: int, count: int) -> tuple[int
                 beside = [*others[:index], *others[index + 1 :]]
                 through = _kept(term + near, "".join([*beside, far, output]))
                 equations = _joined([term, near], through), _joined([*beside, through, far], output)
-                return index, *equations, meets_right, any(letter in each for letter in summed for each in beside)
+                shared = any(letter in each for letter in summed for each in beside)
+                return _Plan(index, meets_right, *equations, shared)
     return None
 
 

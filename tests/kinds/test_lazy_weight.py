@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -523,3 +524,30 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.read(self, x)
+
+
+def test_threads_run_and_train_each_through_its_own_view():
+    names = ("one", "two", "three", "four")
+    model = adapted(lambda m, x: torch.einsum("ti,eoi->to", x, m.stack) + F.linear(x, m.stack[1]), names=names)
+    x = torch.randn(TOKENS, IN, dtype=torch.float64)
+    views = {name: peftlib.view(model, name) for name in names}
+    parts = [(name, part) for _, name, part in peftlib.adapters(model) if part.config["param"] == "stack"]
+    own = {name: list(part.parameters()) for name, part in parts}
+
+    def step(name: str) -> list[Tensor]:
+        y = views[name](x)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), own[name])]
+
+    expected = {name: step(name) for name in names}
+    with ThreadPoolExecutor(len(names)) as pool:
+        for name, results in zip(names, pool.map(lambda name: [step(name) for _ in range(100)], names), strict=True):
+            for found in results:
+                assert all(torch.equal(one, other) for one, other in zip(found, expected[name], strict=True))
+
+
+def test_a_call_leaves_nothing_behind():
+    model, x = case(lambda m, x: torch.einsum("ti,eoi->to", x, m.stack) + F.linear(x, m.weight[:]))
+    before = dict(vars(model[0]))
+    model(x)
+    assert vars(model[0]) == before
+    assert type(model[0].stack) is nn.Parameter
