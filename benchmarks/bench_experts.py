@@ -27,10 +27,16 @@ def mixture(experts: int, implementation: str) -> Any:
     import transformers as tf
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 97}
+    sizes: Any = {
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 97,
+    }
     config = tf.Qwen3MoeConfig(
-        **sizes, num_hidden_layers=1, num_experts=experts, num_experts_per_tok=4, moe_intermediate_size=128,
-        intermediate_size=96, decoder_sparse_step=1,
+        **sizes, vocab_size=97, num_hidden_layers=1, num_experts=experts, num_experts_per_tok=4,
+        moe_intermediate_size=128, intermediate_size=96, decoder_sparse_step=1,
     )  # fmt: skip
     model = tf.Qwen3MoeForCausalLM(config).eval().requires_grad_(False)
     model.set_experts_implementation(implementation)

@@ -8,7 +8,7 @@ function it was.
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from ..kernels import dropped
 from ..kernels.dispatch import apply
 from .quantized import wraps_others
 
-Step = Callable[[Tensor, Tensor, Tensor], Tensor]
+Step = Callable[..., Tensor]  # of an input, L and R
 
 
 class LowRank(NamedTuple):
@@ -43,17 +43,19 @@ class LowRank(NamedTuple):
     def transposed(self) -> "LowRank":
         return self._replace(pairs=tuple((R.transpose(-2, -1), L.transpose(-2, -1)) for L, R in self.pairs))
 
-    def of(self, x: Tensor, near: Step, far: Step) -> Tensor:
-        """far(s·near(drop(x))), in the dtype of x: what lies between them is thin, and there the scale costs least."""
+    def of(self, x: Tensor, near: Step, far: Step, *others: Tensor) -> Tensor:
+        """far(s·near(drop(x))), in the dtype of x: what lies between them is thin, and there the scale costs least.
+        Whatever else has a gradient goes in by `others`, for a dropped input computes anew in backward."""
 
-        def through(x: Tensor, L: Tensor, R: Tensor) -> Tensor:
-            return far(near(x, L, R) * self.scale, L, R)
+        def through(x: Tensor, L: Tensor, R: Tensor, beside: Sequence[Tensor]) -> Tensor:
+            return far(near(x, L, R) * self.scale, L, R, *beside)
 
-        def change(x: Tensor, *factors: Tensor) -> Tensor:
-            L, R, *initial = (as_dtype(factor, x.dtype) for factor in factors)
-            return through(x, L, R) - through(x, *initial) if initial else through(x, L, R)
+        def change(x: Tensor, *tensors: Tensor) -> Tensor:
+            beside = tensors[len(self.factors()) :]
+            L, R, *initial = (as_dtype(factor, x.dtype) for factor in tensors[: len(self.factors())])
+            return through(x, L, R, beside) - through(x, *initial, beside) if initial else through(x, L, R, beside)
 
-        return dropped(change, x, *self.factors(), dropout=self.dropout)
+        return dropped(change, x, *self.factors(), *others, dropout=self.dropout)
 
     def picked(self, rows: Callable[[Tensor], Tensor]) -> Tensor:
         """s·rows(L)·R, in the factors' dtype."""
@@ -302,16 +304,20 @@ class _Standing(Function):
         return LazyTensor(base, changes, True)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        of_base, *needed = ctx.needs_input_grad[1:]
-        factors = [each.detach().requires_grad_(need) for each, need in zip(ctx.saved_tensors, needed, strict=True)]
-        following = iter(factors)
-        with torch.enable_grad():
-            wholes = [
-                change._replace(pairs=tuple((next(following), next(following)) for _ in change.pairs)).whole()
-                for change in ctx.changes
-            ]
-        given = [grad_outputs[0].to(whole.dtype) for whole in wholes]
-        found = iter(torch.autograd.grad(wholes, [each for each in factors if each.requires_grad], given))
-        return None, grad_outputs[0] if of_base else None, *(next(found) if need else None for need in needed)
+        return _gradients(ctx, *grad_outputs)
+
+
+@once_differentiable
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    of_base, *needed = ctx.needs_input_grad[1:]
+    factors = [each.detach().requires_grad_(need) for each, need in zip(ctx.saved_tensors, needed, strict=True)]
+    following = iter(factors)
+    with torch.enable_grad():
+        wholes = [
+            change._replace(pairs=tuple((next(following), next(following)) for _ in change.pairs)).whole()
+            for change in ctx.changes
+        ]
+    given = [grad_output.to(whole.dtype) for whole in wholes]
+    found = iter(torch.autograd.grad(wholes, [each for each in factors if each.requires_grad], given))
+    return None, grad_output if of_base else None, *(next(found) if need else None for need in needed)

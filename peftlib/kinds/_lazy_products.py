@@ -30,11 +30,11 @@ def is_right_of(x: Any, weight: Any) -> bool:
     return isinstance(weight, LazyWeight) and isinstance(x, Tensor) and not isinstance(x, LazyWeight)
 
 
-def added(y: Tensor, weight: LazyWeight, x: Tensor, near: Step, far: Step) -> Tensor:
+def added(y: Tensor, weight: LazyWeight, x: Tensor, near: Step, far: Step, *others: Tensor) -> Tensor:
     """y plus what each change makes of x. In place where it may be: y is new, and no product keeps what it gave."""
     add = torch.add if _are_functorch_transforms_active() else Tensor.add_
     for change in weight.changes:
-        y = add(y, change.of(x, near, far).to(y.dtype))
+        y = add(y, change.of(x, near, far, *others).to(y.dtype))
     return y
 
 
@@ -128,7 +128,8 @@ def _einsum(einsum: Any, equation: Any, *operands: Any) -> Any:
     return added(
         y, weight, x,
         lambda x, L, R: einsum(plan.first, x, R if plan.meets_right else L),
-        lambda h, L, R: einsum(plan.second, *others, h, L if plan.meets_right else R),
+        lambda h, L, R, *others: einsum(plan.second, *others, h, L if plan.meets_right else R),
+        *others,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core.lazy_weight import RULES, LazyWeight, LowRank
+from .._core.lazy_weight import RULES, LazyWeight
 
 Change = Callable[[Tensor], Tensor]
 _ALL = slice(None)
@@ -78,8 +78,8 @@ def _expert(weight: LazyWeight, index: int) -> LazyWeight:
     if weight.experts is None:
         weight.experts = [[(L.unbind(0), R.unbind(0)) for L, R in change.pairs] for change in weight.changes]
     changes = tuple(
-        LowRank(tuple((left[index], right[index]) for left, right in apart), *settings)
-        for (_, *settings), apart in zip(weight.changes, weight.experts, strict=True)
+        change._replace(pairs=tuple((left[index], right[index]) for left, right in apart))
+        for change, apart in zip(weight.changes, weight.experts, strict=True)
     )
     return weight.like(weight.base[index], changes)
 
@@ -88,7 +88,7 @@ def _split_index(weight: LazyWeight, index: tuple[Any, ...]) -> tuple[tuple[Any,
     """What of an index falls on the stack, on the rows and on the rest; None unless it keeps rows and rest by slices.
 
     Nothing of the index is then behind an index by tensor, so each part picks alike from W, L and R."""
-    full = _without_ellipsis(weight.dim(), index)
+    full = _without_ellipsis(weight.base.dim(), index)
     if full is None:
         return None
     lead, (row, *rest) = full[: weight.stack], full[weight.stack :]
@@ -114,33 +114,33 @@ def _without_ellipsis(dim: int, index: tuple[Any, ...]) -> tuple[Any, ...] | Non
 
 @_rule_for(Tensor.unbind, torch.unbind, Tensor.__iter__)
 def _unbind(function: Any, weight: LazyWeight, dim: int = 0) -> Any:
-    if dim % weight.dim() or weight.stack != 1:
+    if dim % weight.base.dim() or weight.stack != 1:
         return NotImplemented
-    apart = [_expert(weight, index) for index in range(len(weight))]
+    apart = [_expert(weight, index) for index in range(len(weight.base))]
     return iter(apart) if function is Tensor.__iter__ else tuple(apart)
 
 
 @_rule_for(Tensor.select, torch.select)
 def _select(_: Any, weight: LazyWeight, dim: int, index: int) -> Any:
-    place = dim % weight.dim()
+    place = dim % weight.base.dim()
     return _getitem(_, weight, (*[_ALL] * place, index) if place else index)
 
 
 @_rule_for(Tensor.narrow, torch.narrow)
 def _narrow(_: Any, weight: LazyWeight, dim: int, start: int, length: int) -> Any:
-    return _getitem(_, weight, (*[_ALL] * (dim % weight.dim()), slice(start, start + length)))
+    return _getitem(_, weight, (*[_ALL] * (dim % weight.base.dim()), slice(start, start + length)))
 
 
 @_rule_for(Tensor.index_select, torch.index_select)
 def _index_select(_: Any, weight: LazyWeight, dim: int, index: Tensor) -> Any:
-    if dim % weight.dim() >= weight.stack:
+    if dim % weight.base.dim() >= weight.stack:
         return NotImplemented
-    return _alike(weight, lambda each: each.index_select(dim % weight.dim(), index))
+    return _alike(weight, lambda each: each.index_select(dim % weight.base.dim(), index))
 
 
 @_rule_for(Tensor.chunk, torch.chunk, Tensor.split, torch.split, Tensor.tensor_split, torch.tensor_split)
 def _split(function: Any, weight: LazyWeight, parts: Any, dim: int = 0) -> Any:
-    dim %= weight.dim()
+    dim %= weight.base.dim()
     sizes = [part.shape[dim] for part in function(weight.base, parts, dim)]
     ends = itertools.accumulate(sizes)
     return tuple(_narrow(function, weight, dim, end - size, size) for end, size in zip(ends, sizes, strict=True))
@@ -148,7 +148,7 @@ def _split(function: Any, weight: LazyWeight, parts: Any, dim: int = 0) -> Any:
 
 @_rule_for(Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes, Tensor.swapdims, torch.swapdims)
 def _transpose(_: Any, weight: LazyWeight, dim0: int, dim1: int) -> Any:
-    order = list(range(weight.dim()))
+    order = list(range(weight.base.dim()))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return _permute(_, weight, order)
 
@@ -156,7 +156,7 @@ def _transpose(_: Any, weight: LazyWeight, dim0: int, dim1: int) -> Any:
 @_rule_for(Tensor.permute, torch.permute)
 def _permute(_: Any, weight: LazyWeight, *dims: Any) -> Any:
     """Where matrices stay matrices: the dimensions of the stack among themselves, and the last two."""
-    order, stack = [dim % weight.dim() for dim in _flat(dims)], weight.stack
+    order, stack = [dim % weight.base.dim() for dim in _flat(dims)], weight.stack
     if not weight.is_matrix or set(order[stack:]) != {stack, stack + 1}:
         return NotImplemented
     kept = _alike(weight, lambda each: each.permute(*order[:stack], stack, stack + 1))
@@ -172,7 +172,7 @@ def _matrix_transpose(_: Any, weight: LazyWeight) -> Any:
 
 @_rule_for(Tensor.t, torch.t, _TRANSPOSE)
 def _turn(_: Any, weight: LazyWeight) -> Any:
-    return _transpose(_, weight, 0, 1) if weight.dim() == 2 else NotImplemented
+    return _transpose(_, weight, 0, 1) if weight.base.dim() == 2 else NotImplemented
 
 
 @_rule_for(Tensor.view, Tensor.reshape, torch.reshape)
@@ -181,7 +181,7 @@ def _reshape(function: Any, weight: LazyWeight, *shape: Any) -> Any:
     if not weight.is_matrix or isinstance(shape[0], torch.dtype):
         return NotImplemented
     base = function(weight.base, _flat(shape))
-    if base.shape[-2:] != weight.shape[-2:]:
+    if base.shape[-2:] != weight.base.shape[-2:]:
         return NotImplemented
 
     def factor(each: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ def _cast(function: Any, weight: LazyWeight, *args: Any, **options: Any) -> Any:
 
 @_rule_for(Tensor.contiguous)
 def _contiguous(_: Any, weight: LazyWeight) -> Any:
-    return weight if weight.is_contiguous() else _mapped(weight, Tensor.contiguous, _same, _same)
+    return weight if weight.base.is_contiguous() else _mapped(weight, Tensor.contiguous, _same, _same)
 
 
 def _same(factor: Tensor) -> Tensor:

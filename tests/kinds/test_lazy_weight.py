@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import peftlib
+from support import reference
 
 E, OUT, IN, TOKENS = 3, 8, 4, 5
 OFFSETS = [2, 2, 5]  # the second of three experts gets no token
 Read = Callable[[Any, Tensor], Any]
+GROUPED: Any = vars(torch)["_grouped_mm"]  # what versions of torch before 2.10 have alone
 
 
 class Reader(nn.Module):
@@ -115,7 +118,7 @@ PRODUCTS: dict[str, Read] = {
     "baddbmm": lambda m, x: torch.baddbmm(stacked(x), stacked(out_of(x)), m.stack, beta=2.0, alpha=0.5),
     "grouped_mm": lambda m, x: F.grouped_mm(x.float(), m.stack.float().mT, offs=offsets()).double(),
     "grouped_mm of a batch": lambda m, x: F.grouped_mm(stacked(x).float(), m.stack.float().mT).double(),
-    "_grouped_mm": lambda m, x: torch._grouped_mm(x.float(), m.stack.float().mT, offs=offsets()).double(),
+    "_grouped_mm": lambda m, x: GROUPED(x.float(), m.stack.float().mT, offs=offsets()).double(),
     "einsum with rows": lambda m, x: torch.einsum("to,oi->ti", out_of(x), m.weight),
     "einsum with columns": lambda m, x: torch.einsum("oi,ti->to", m.weight, x),
     "einsum with a stack": lambda m, x: torch.einsum("ti,eoi->teo", x, m.stack),
@@ -351,6 +354,36 @@ def test_dropout_is_refused_where_rows_are_looked_up(name):
         model(x)
 
 
+def test_dropout_between_shares_and_experts_gives_both_their_gradients():
+    """The mask is drawn again in backward; the shares, that come from elsewhere, have a gradient there too."""
+    spread = "te,teh,eoh->to"
+    model, x = case(lambda m, x: torch.einsum(spread, m.shares, x[:, None].expand(-1, E, -1), m.stack), dropout=0.4)
+    model[0].shares = torch.randn(TOKENS, E, dtype=torch.float64, requires_grad=True)
+    inputs = [model[0].shares, x, *(p for n, p in model.named_parameters() if "lora" in n)][:4]
+
+    def run() -> Tensor:
+        torch.manual_seed(3)
+        return model(x).square().sum()
+
+    found = torch.autograd.grad(run(), inputs, allow_unused=True)
+    for leaf, gradient in zip(inputs, found, strict=True):
+        step = torch.randn_like(leaf) * 1e-6
+        with torch.no_grad():
+            leaf += step
+            ahead = run()
+            leaf -= 2 * step
+            behind = run()
+            leaf += step
+        assert (ahead - behind).item() / 2 == pytest.approx((gradient * step).sum().item(), rel=1e-5)
+
+
+def test_a_second_derivative_past_torch_s_functions_is_refused():
+    model, x = case(lambda m, x: Product.apply(x, m.weight))
+    (first, *_) = torch.autograd.grad(model(x).square().sum(), list(peftlib.parameters(model))[2:], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_dropout_is_refused_between_two_inputs():
     model, x = case(lambda m, x: torch.einsum("ti,ti,oi->to", x, x, m.weight), dropout=0.3)
     with pytest.raises(peftlib.AdapterError, match="einsum"):
@@ -551,3 +584,89 @@ def test_a_call_leaves_nothing_behind():
     model(x)
     assert vars(model[0]) == before
     assert type(model[0].stack) is nn.Parameter
+
+
+# Layers
+
+
+def own(stock: Any) -> Any:
+    """A layer with a forward of its own, that may do more than the stock one: LoRA changes the weight that it reads."""
+    return type("Own" + stock.__name__, (stock,), {"forward": lambda self, *given: stock.forward(self, *given) * 2})
+
+
+LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...], Any]] = {
+    "conv1d": (lambda: own(nn.Conv1d)(4, 6, 3, padding=1), (2, 4, 9), reference.rows),
+    "conv2d, groups": (lambda: own(nn.Conv2d)(4, 6, (3, 2), stride=2, groups=2), (2, 4, 7, 8), reference.rows),
+    "conv2d, reflected": (
+        lambda: own(nn.Conv2d)(4, 6, 3, padding=1, padding_mode="reflect", bias=False),
+        (4, 5, 6),
+        reference.rows,
+    ),
+    "conv3d": (lambda: own(nn.Conv3d)(2, 4, 2, padding="same", dilation=2), (2, 2, 4, 5, 3), reference.rows),
+    "transposed1d": (lambda: own(nn.ConvTranspose1d)(4, 6, 3, stride=2), (2, 4, 5), reference.transposed_kernel),
+    "transposed2d, groups": (
+        lambda: own(nn.ConvTranspose2d)(4, 6, (3, 2), stride=2, groups=2, output_padding=1),
+        (2, 4, 4, 3),
+        reference.transposed_kernel,
+    ),
+    "transposed3d": (
+        lambda: own(nn.ConvTranspose3d)(2, 4, 2, bias=False),
+        (2, 2, 3, 2, 3),
+        reference.transposed_kernel,
+    ),
+    "linear": (lambda: own(nn.Linear)(4, 6), (3, 4), reference.rows),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_with_a_forward_of_its_own_runs_without_its_weight_made(name):
+    make, shape, layout = LAYERS[name]
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(make()).double()
+    plain = copy.deepcopy(model)
+    peftlib.inject(model, "0", peftlib.LoRA, rank=2, alpha=3.0)
+    A, B = peftlib.parameters(moved(model))
+    weight = plain[0]._parameters.pop("weight")
+    plain[0].weight = weight.detach() + 1.5 * layout(A, B, weight)
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    found, expected = model(x), plain(x)
+    assert_equal(found, expected)
+    assert_equal(gradients(found, model, x), gradients(expected, model, x))
+    assert not peftlib.verify(model, x).materialized
+
+
+def test_a_bilinear_layer_runs_without_its_weight_made():
+    model: Any = nn.Sequential(nn.Bilinear(4, 5, 3))
+    peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+    assert not peftlib.verify(model[0], torch.randn(6, 4), torch.randn(6, 5)).materialized
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.LSTM(4, 4), (3, 2, 4)),
+        (lambda: nn.GRUCell(4, 4), (2, 4)),
+        (lambda: nn.TransformerEncoderLayer(4, 2, 4, batch_first=True).self_attn, (3, 2, 4)),
+    ],
+)
+def test_layers_that_are_one_function_get_the_whole_weight_and_are_named(make, shape):
+    layer = make()
+    peftlib.inject(layer, type(layer), peftlib.LoRA, rank=2)
+    inputs = [torch.randn(*shape)] * (3 if isinstance(layer, nn.MultiheadAttention) else 1)
+    told = peftlib.verify(layer, *inputs).materialized
+    assert told
+    assert all(type(layer).__name__.removeprefix("Adapted") in line for line in told)
+
+
+def test_kernels_of_others_get_the_whole_weight_and_are_named():
+    """They read it past torch's functions."""
+    model, x = case(lambda m, x: x @ m.stack[1].t())
+    model[0].config = SimpleNamespace(_experts_implementation="fastest")
+    reader, _ = dense(model)
+    assert_equal(model(x), reader(x))
+    (line, *_) = peftlib.verify(model, x).materialized
+    assert "fastest" in line
+    peftlib.inject(model, "0", peftlib.LoRA, param="stack", dropout=0.1, name="dropped")
+    peftlib.activate(model, "dropped")
+    with pytest.raises(peftlib.AdapterError, match="stack"):
+        model(x)
