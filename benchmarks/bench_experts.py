@@ -32,7 +32,6 @@ def mixture(experts: int, implementation: str) -> Any:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,
-        "vocab_size": 97,
     }
     config = tf.Qwen3MoeConfig(
         **sizes, vocab_size=97, num_hidden_layers=1, num_experts=experts, num_experts_per_tok=4,
