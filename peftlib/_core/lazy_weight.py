@@ -175,7 +175,7 @@ class LazyWeight:
         for each in lazy:
             each.require_gradient(func)
         rule = RULES.get(func) or RULES.get(getattr(func, "_qualified_op_name", None))  # an operator of a library
-        if rule is not None and all(each.made is None for each in lazy):
+        if rule is not None and not [each for each in lazy if each.made is not None]:
             found = rule(func, *args, **kwargs)
             if found is not NotImplemented:
                 return found
@@ -187,9 +187,7 @@ class LazyTensor(LazyWeight, Tensor):
 
     @staticmethod
     def __new__(cls, base: Tensor, changes: tuple[LowRank, ...], tracks: bool) -> "LazyTensor":
-        self = Tensor._make_wrapper_subclass(
-            cls, base.shape, strides=base.stride(), dtype=base.dtype, device=base.device, layout=base.layout
-        )
+        self = Tensor._make_wrapper_subclass(cls, base.size(), base.stride(), dtype=base.dtype, device=base.device)
         self.base, self.changes, self.tracks = base, changes, tracks
         return self
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._core.lazy_weight import RULES, LazyWeight
+from .._core.lazy_weight import RULES, LazyWeight, LowRank
 
 Change = Callable[[Tensor], Tensor]
 _ALL = slice(None)
@@ -76,12 +76,17 @@ def _expert(weight: LazyWeight, index: int) -> LazyWeight:
     """One matrix of the stack. The factors' stacks are taken apart once, for all that are picked: the gradient of an
     index would be a stack of zeros for each one, over a loop of 32 experts twice the bytes of W."""
     if weight.experts is None:
-        weight.experts = [[(L.unbind(0), R.unbind(0)) for L, R in change.pairs] for change in weight.changes]
+        weight.experts = [_apart(change) for change in weight.changes]
     changes = tuple(
-        change._replace(pairs=tuple((left[index], right[index]) for left, right in apart))
-        for change, apart in zip(weight.changes, weight.experts, strict=True)
+        LowRank(pairs[index], change.scale, change.dropout, change.adapter)  # a third of what `_replace` takes
+        for change, pairs in zip(weight.changes, weight.experts, strict=True)
     )
     return weight.like(weight.base[index], changes)
+
+
+def _apart(change: LowRank) -> list[Any]:
+    """The pairs of each expert."""
+    return list(zip(*(zip(L.unbind(0), R.unbind(0), strict=True) for L, R in change.pairs), strict=True))
 
 
 def _split_index(weight: LazyWeight, index: tuple[Any, ...]) -> tuple[tuple[Any, ...], Any, tuple[Any, ...]] | None:
