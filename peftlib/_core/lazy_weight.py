@@ -53,7 +53,8 @@ class LowRank(NamedTuple):
         def change(x: Tensor, *tensors: Tensor) -> Tensor:
             beside = tensors[len(self.factors()) :]
             L, R, *initial = (as_dtype(factor, x.dtype) for factor in tensors[: len(self.factors())])
-            return through(x, L, R, beside) - through(x, *initial, beside) if initial else through(x, L, R, beside)
+            now = through(x, L, R, beside)
+            return now - through(x, initial[0], initial[1], beside) if initial else now
 
         return dropped(change, x, *self.factors(), *others, dropout=self.dropout)
 
