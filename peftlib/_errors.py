@@ -4,7 +4,7 @@
 class AdapterError(Exception):
     """Raised when peftlib refuses; the model is then exactly as it was before the call.
 
-    The message has three parts: where, what was found, what to do. Wrong Python arguments (an unknown keyword,
+    The message has three parts: where, what was found, what to do. Wrong Python arguments (a missing one,
     say) raise `TypeError` or `ValueError` as everywhere else.
 
     Example:

@@ -146,14 +146,12 @@ def _dora(name: str, refuses: Callable[[Host], str] = _no_matrix, **config: Any)
     return dataclasses.replace(row, kind=peftlib.DoRA, weights=_dora_weights, roundings=7)
 
 
-_NO_SIZE = "dim="
 _READ = dict.fromkeys(["attention-out", "children-read"], "child '")
-_FEATURELESS = {"experts": _NO_SIZE, "raw-matrix": _NO_SIZE, **_READ}
 _KEEPING = ("conv1d-grouped-unbatched", "conv2d-reflect")  # of the convolutions: as many places out as in
 
 
 def _no_features(host: Host) -> str:
-    return _FEATURELESS.get(host.name, "")
+    return _READ.get(host.name, "")
 
 
 def _no_parallel(host: Host) -> str:

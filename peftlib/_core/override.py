@@ -98,6 +98,8 @@ class _DenseGradient(Function):
         return value.clone()
 
     @staticmethod
-    def backward(_: Any, *grad_outputs: Tensor) -> Tensor:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor | None:
         (gradient,) = grad_outputs
+        if not ctx.needs_input_grad[0]:
+            return None
         return gradient.to_dense() if gradient.is_sparse else gradient

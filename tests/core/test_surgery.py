@@ -538,7 +538,7 @@ def test_gaussian_has_standard_deviation_one_over_rank():
     "make",
     [
         lambda: nn.Linear(64, 48),
-        lambda: nn.Conv2d(4, 6, 3),
+        lambda: nn.Conv2d(4, 8, 3),
         lambda: nn.Embedding(50, 16),
         lambda: nn.ConvTranspose1d(12, 6, 3),
     ],

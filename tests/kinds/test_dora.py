@@ -124,7 +124,7 @@ def test_a_base_that_trains_too_gets_the_gradient_of_the_equation():
 
 
 def test_second_derivatives_are_those_of_the_equation():
-    model = dora(nn.Linear(3, 2).to(WIDE))
+    model = dora(nn.Linear(3, 3).to(WIDE))
     part, x = dora_of(model), torch.randn(4, 3, dtype=WIDE, requires_grad=True)
     leaves = [x, part.magnitude, part.lora_A, part.lora_B]
 

@@ -321,7 +321,6 @@ def test_plateau_by_hand():
     metrics = [1.0, 0.95, 0.92, 0.8, 0.8, 0.71, 0.6, float("nan"), 0.9, 0.9, 0.9]
     unfrozen = [1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5]
     for given, count in zip(metrics, unfrozen, strict=True):
-        unfreezing.step()  # without a metric nothing is judged
         unfreezing.step(given)
         assert len(unfreezing.unfrozen) == count, given
     unfreezing.step(0.9)
