@@ -18,6 +18,7 @@ from ._core.merge import merged_state_dict as merged_state_dict
 from ._core.merge import unmerge as unmerge
 from ._core.report import plan as plan
 from ._core.report import summary as summary
+from ._core.route import route as route
 from ._core.verify import verify as verify
 from ._core.walk import adapters as adapters
 from ._core.walk import parameters as parameters

@@ -9,6 +9,7 @@ from torch import nn
 from .clone import clone
 from .host import Selection
 from .merge import merge, unmerge
+from .row_groups import Rows
 from .walk import adapters, remember_view, require, require_one_copy, require_unmerged
 
 M = TypeVar("M", bound=nn.Module)
@@ -53,20 +54,27 @@ def activate(model: M, *names: str) -> Undo[M]:
     """
     selection = require(model, names)
     require_one_copy(model, names, "activate")
+    return choose(model, selection, tuple(dict.fromkeys(names)), None)
+
+
+def choose(model: M, selection: Selection, names: tuple[str, ...], rows: Rows | None) -> Undo[M]:
     merged = selection.merged
     if merged:
         unmerge(model)
-    before, selection.active = selection.active, tuple(dict.fromkeys(names))
-    return Undo(model, lambda: _choose_again(model, selection, before, merged))
+    before = selection.active, selection.rows
+    selection.active, selection.rows = names, rows
+    return Undo(model, lambda: _choose_again(model, selection, *before, merged))
 
 
-def _choose_again(model: nn.Module, selection: Selection, names: tuple[str, ...], merged: tuple[str, ...]) -> None:
+def _choose_again(
+    model: nn.Module, selection: Selection, names: tuple[str, ...], rows: Rows | None, merged: tuple[str, ...]
+) -> None:
     """A model that was merged inside the block goes back to the choice when it is unmerged."""
     known, folded = (tuple(name for name in each if name in selection.count) for each in (names, merged))
     if selection.merged:
         selection.active_before_merge = known
         return
-    selection.active = known
+    selection.active, selection.rows = known, rows if known == names else None
     if folded:
         merge(model, *folded)
 
@@ -127,6 +135,6 @@ def view(model: M, *names: str) -> M:
     require_one_copy(model, names, "view")
     other: Any = clone(model)
     selection = require(other)
-    selection.active = tuple(dict.fromkeys(names))
+    selection.active, selection.rows = tuple(dict.fromkeys(names)), None
     remember_view(original, selection)
     return other

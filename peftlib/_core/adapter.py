@@ -100,6 +100,11 @@ class Adapter(nn.Module):
             f"{type(self).__name__} has neither forward nor fold, so it does nothing. Write one of them."
         )
 
+    def follows_call(self, host: nn.Module) -> bool:
+        """Whether `forward` calls the host once, with what it was given itself, and only changes what comes back, each
+        row by itself. One call of the host then serves the rows of many adapters."""
+        return False
+
     @classmethod
     def split(cls, host: nn.Module, inner: str, config: dict[str, Any]) -> list[dict[str, Any]]:
         """The configurations of the adapters that `config` asks for on this host: one, unless a kind says otherwise.

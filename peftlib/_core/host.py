@@ -15,6 +15,8 @@ from .adapter import Adapter
 from .clone import without_overrides
 from .containers import methods_of_items
 from .foreign import FAST_PATHS, is_bound, place_of_forward, statistics_in
+from .row_groups import Rows
+from .rows import by_rows, nested
 
 _INNER = "_inner_forward"
 BUFFERS = "_peftlib_buffers"  # on a module of a frozen base: its buffers as they were when adapters came in
@@ -30,6 +32,7 @@ class Selection:
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
+        self.rows: Rows | None = None  # where it is not one choice for all rows; then `active` are all that it names
         self.merged: tuple[str, ...] = ()
         self.active_before_merge: tuple[str, ...] = ()
         self.count: dict[str, int] = {}
@@ -97,6 +100,7 @@ def _adapted(cls: type) -> type:
         namespace = {
             **{key: getattr(cls, key) for key in ("__module__", "__qualname__", "__doc__")},
             "forward": _forward_around(cls),
+            "_argument_names": tuple(inspect.signature(cls.forward).parameters)[1:],
             **methods_of_items(cls),
             **_overrides(cls),
         }
@@ -110,16 +114,13 @@ def _forward_around(cls: Any) -> Callable[..., Any]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         adapters = self._modules["adapters"]
-        active = adapters.selection.active
+        selection = adapters.selection
         call = self.__dict__.get(_INNER) or super(Adapted, self).forward  # pyright: ignore[reportAttributeAccessIssue]
         if statistics is not None:
             call = functools.partial(_with_statistics_held, self, statistics, call)
-        outermost = None
-        for adapter in adapters._modules.values():
-            if adapter.name in active:
-                call = call if outermost is None else functools.partial(outermost, self, call)
-                outermost = adapter
-        return call(*args, **kwargs) if outermost is None else outermost(self, call, *args, **kwargs)
+        if selection.rows is not None:
+            return by_rows(self, selection.rows, call, args, kwargs)
+        return nested(self, adapters._modules.values(), selection.active, call)(*args, **kwargs)
 
     forward.__signature__ = inspect.signature(cls.forward)  # pyright: ignore[reportFunctionMemberAccess]
     return forward

@@ -23,7 +23,16 @@ from .host import (
 )
 from .readers import Readers
 from .targets import Targets, select
-from .walk import adapters, candidates, hosts, require_no_views, require_one_copy, require_unmerged, share_selection
+from .walk import (
+    adapters,
+    candidates,
+    hosts,
+    require_no_views,
+    require_one_copy,
+    require_unmerged,
+    require_unrouted,
+    share_selection,
+)
 
 
 class Part(NamedTuple):
@@ -114,6 +123,7 @@ def require_changeable(model: nn.Module, doing: str) -> None:
     for selection in {id(s): s for _, host in hosts(model) for s in [adapters_of(host).selection]}.values():
         require_no_views(selection, doing)
         require_unmerged(selection, doing)
+        require_unrouted(selection, doing)
 
 
 def require_uncompiled(model: nn.Module, doing: str) -> None:

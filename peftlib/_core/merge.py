@@ -11,7 +11,7 @@ from .._errors import AdapterError
 from .adapter import can_be_merged
 from .host import Adapters, Selection
 from .merged_weights import Folded, folded_by_host
-from .walk import adapters, hosts, require, require_no_views, require_one_copy, require_unmerged
+from .walk import adapters, hosts, require, require_no_views, require_one_copy, require_unmerged, require_unrouted
 
 _BACKUP = "_peftlib_backup"
 
@@ -215,6 +215,7 @@ def _ready_to_fold(
     if views_matter:
         require_no_views(selection, doing)
     require_unmerged(selection, doing)
+    require_unrouted(selection, doing)
     names = tuple(dict.fromkeys(names)) or selection.active
     require_one_copy(model, names, doing)
     if not names:

@@ -120,6 +120,9 @@ class Bottleneck(Adapter):
         x = None if self.position == "after" else input_of(self.input_name, args, kwargs)
         return with_hidden_states(output, lambda y: self._adapted(y, y if x is None else x))
 
+    def follows_call(self, host: nn.Module) -> bool:
+        return True
+
     def _adapted(self, y: Tensor, u: Tensor) -> Tensor:
         axis = self._axis_in(y, u)
         if axis == y.dim() - 1 and (y.is_contiguous() or not self.residual):

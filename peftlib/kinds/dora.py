@@ -101,6 +101,9 @@ class DoRA(LoRA):
         with overridden(host, as_weights(host, folded)):
             return call(*args, **kwargs)
 
+    def follows_call(self, host: nn.Module) -> bool:
+        return False  # it calls the host with the weights that are folded inside
+
     def _scaled(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = super().forward(host, call, *args, **kwargs)  # V x + b
         gain, bias = self._gain(host), getattr(host, "bias", None)

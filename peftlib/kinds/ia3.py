@@ -87,6 +87,9 @@ class IA3(Adapter):
         (name, x), *rest = kwargs.items()  # a stock layer's first argument is its only tensor
         return call(**{name: self._scaled(x)}, **dict(rest))
 
+    def follows_call(self, host: nn.Module) -> bool:
+        return self.calls and self.on == "output"
+
     def _scaled(self, x: Tensor) -> Tensor:
         """In the dtype of x, rounded once. Autograd keeps x and the factor, no product."""
         behind = -1 - self.axis if self.axis < 0 else x.dim() - 1 - self.axis

@@ -180,6 +180,9 @@ class LoRA(Adapter):
             kwargs["input"] = kwargs.pop("x")
         return self._add(host, y, *args, **kwargs)
 
+    def follows_call(self, host: nn.Module) -> bool:
+        return self.term is not None
+
     def _joined(self, host: nn.Module, call: Any) -> tuple[Tensor, Tensor] | None:
         """One pair for this adapter and all that it stands around, where one product serves them."""
         together: list[Any] = [self]
