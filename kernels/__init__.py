@@ -7,3 +7,6 @@ from .lora.embedding import lora_embedding as lora_embedding
 from .lora.linear import join_pairs as join_pairs
 from .lora.linear import lora_add as lora_add
 from .lora.linear import lora_linear as lora_linear
+from .lora.rows import Segments as Segments
+from .lora.rows import lora_linear_rows as lora_linear_rows
+from .lora.rows import serves_rows as serves_rows

@@ -34,7 +34,7 @@ FILES = {
         "lora.triton grouped.triton bottleneck.triton",
         "dispatch",
         "triton_operators",
-        "lora.autograd lora.embedding bottleneck.autograd dropped dora",
+        "lora.autograd lora.embedding lora.rows bottleneck.autograd dropped dora",
         "lora.small bottleneck.bottleneck",
         "lora.linear",
         "lora bottleneck",
@@ -54,7 +54,7 @@ FILES = {
         "eject",
     ],
     "kinds": [
-        "_weight_layout _hidden_states _prompt_inputs _lazy_products _lazy_views",
+        "_weight_layout _hidden_states _prompt_inputs _lazy_products _lazy_views _lora_rows",
         "_lazy_layers",
         "_lazy_hosts",
         "_low_rank _probe",

@@ -106,6 +106,12 @@ class Adapter(nn.Module):
         return False
 
     @classmethod
+    def together(cls, host: nn.Module, groups: Any, adapters: list[list["Adapter"]]) -> Callable[..., Any] | None:
+        """What serves all rows of a host in one pass, where the rows of each group go through adapters of this type:
+        called as the host is, behind the host's own call, it gives the result, or NotImplemented."""
+        return None
+
+    @classmethod
     def split(cls, host: nn.Module, inner: str, config: dict[str, Any]) -> list[dict[str, Any]]:
         """The configurations of the adapters that `config` asks for on this host: one, unless a kind says otherwise.
 

@@ -15,7 +15,7 @@ class Rows:
     """The adapters of each row: plain data, made once, that `torch.compile` can guard on.
 
     `within` says of a thread that is inside a host's call for one group which rows these are: a host that runs inside
-    that call sees them alone. `inside` holds the ids of such hosts."""
+    that call sees them alone. `inside` holds the ids of such hosts, `plans` what each host has worked out once."""
 
     def __init__(self, of: tuple[Names, ...], dim: int) -> None:
         self.of, self.dim = of, dim
@@ -23,6 +23,7 @@ class Rows:
         self.inside: set[int] = set()
         self.root: weakref.ref[nn.Module] | None = None
         self.norms: tuple[weakref.ref[nn.Module], ...] = ()
+        self.plans: dict[int, Any] = {}
         self._groups: dict[Names, Groups] = {}
 
     def groups(self, keys: Names) -> "Groups":
@@ -37,6 +38,7 @@ class Rows:
         return Rows(self.of, self.dim).__dict__
 
     def require_apart(self) -> None:
+        """Asked at each call: a norm that stood still may train by now."""
         for reference in self.norms:
             norm = reference()
             if norm is not None and mixes_rows(norm):

@@ -1,7 +1,7 @@
 """A host's call by rows: each group runs through its own adapters, and the results come back in the batch's order."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
@@ -17,33 +17,50 @@ from .row_layout import Layout
 
 def by_rows(host: Any, rows: Rows, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """What the host returns, each row through its own adapters."""
-    adapters: dict[str, Adapter] = host._modules["adapters"]._modules
     thread = 0 if is_compiling() else get_ident()
-    now = _rows_now(host, rows, thread)
-    groups = now.groups(tuple(adapters))
-    if len(groups.each) == 1:
-        return nested(host, adapters.values(), groups.each[0].names, call)(*args, **kwargs)
-    named = {name for group in groups.each for name in group.names}
-    acting = [adapter for adapter in adapters.values() if adapter.name in named]
-    layout = Layout(host, groups, rows)
-    if all(adapter.follows_call(host) for adapter in acting):
-        return _beside(host, acting, groups, layout, call, args, kwargs)
+    plan = _plan_of(host, _rows_now(host, rows, thread))
+    if plan.together is not None:
+        done = plan.together(call, *args, **kwargs)
+        if done is not NotImplemented:
+            return done
+    if len(plan.groups.each) == 1:
+        return nested(host, plan.acting, plan.groups.each[0].names, call)(*args, **kwargs)
+    layout = Layout(host, plan.groups, rows)
+    if plan.follows:
+        return _on_outputs(host, plan, layout, call, args, kwargs)
     layout.require_one_weight()
-
-    def run(names: Names, own: Rows, own_args: Any, own_kwargs: Any) -> Any:
-        rows.within[thread] = own
-        try:
-            return nested(host, acting, names, call)(*own_args, **own_kwargs)
-        finally:
-            if now is rows:
-                del rows.within[thread]
-            else:
-                rows.within[thread] = now
-
-    inputs = layout.split_inputs(args, kwargs)
     return layout.join_outputs(
-        [run(group.names, group.rows, *own) for group, own in zip(groups.each, inputs, strict=True)]
+        [
+            _inside(rows, thread, group.rows, nested(host, plan.acting, group.names, call), own_args, own_kwargs)
+            for group, (own_args, own_kwargs) in zip(plan.groups.each, layout.split_inputs(args, kwargs), strict=True)
+        ]
     )
+
+
+class Plan:
+    """What is the same in every call of a host while its rows are routed: the groups, the adapters that some of them
+    go through, whether all of these only change what one call gives, and what serves all rows at once, if anything."""
+
+    def __init__(self, host: Any, groups: Groups) -> None:
+        adapters: list[Adapter] = list(host._modules["adapters"]._modules.values())
+        named = {name for group in groups.each for name in group.names}
+        self.groups = groups
+        self.acting = [adapter for adapter in adapters if adapter.name in named]
+        self.follows = all(adapter.follows_call(host) for adapter in self.acting)
+        self.together: Callable[..., Any] | None = None
+        kinds = {type(adapter) for adapter in self.acting}
+        if len(kinds) == 1 and len(groups.each) > 1:
+            by_group = [[a for a in self.acting if a.name in group.names] for group in groups.each]
+            self.together = kinds.pop().together(host, groups, by_group)
+
+
+def _plan_of(host: Any, rows: Rows) -> Plan:
+    groups = rows.groups(tuple(host._modules["adapters"]._modules))
+    if is_compiling():
+        return Plan(host, groups)
+    if id(host) not in rows.plans:  # no host leaves or joins the model while its rows are routed
+        rows.plans[id(host)] = Plan(host, groups)
+    return rows.plans[id(host)]
 
 
 def _rows_now(host: Any, rows: Rows, thread: int) -> Rows:
@@ -61,22 +78,27 @@ def _rows_now(host: Any, rows: Rows, thread: int) -> Rows:
     return rows
 
 
-def _beside(
-    host: Any,
-    acting: Sequence[Adapter],
-    groups: Groups,
-    layout: Layout,
-    call: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-) -> Any:
+def _inside(rows: Rows, thread: int, own: Rows, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """The call for one group: hosts inside it see the rows of that group alone."""
+    around = rows.within.get(thread)
+    rows.within[thread] = own
+    try:
+        return call(*args, **kwargs)
+    finally:
+        if around is None:
+            del rows.within[thread]
+        else:
+            rows.within[thread] = around
+
+
+def _on_outputs(host: Any, plan: Plan, layout: Layout, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The host's own call once over all rows, and the adapters of each group on what it gave them."""
     inputs = layout.split_inputs(args, kwargs, objects=True)
     outputs = layout.split_outputs(call(*args, **kwargs))
     return layout.join_outputs(
         [
-            nested(host, acting, group.names, functools.partial(_given, output))(*own_args, **own_kwargs)
-            for group, output, (own_args, own_kwargs) in zip(groups.each, outputs, inputs, strict=True)
+            nested(host, plan.acting, group.names, functools.partial(_given, output))(*own_args, **own_kwargs)
+            for group, output, (own_args, own_kwargs) in zip(plan.groups.each, outputs, inputs, strict=True)
         ]
     )
 

@@ -18,6 +18,7 @@ from .._core.quantized import not_real_as, weight_shape
 from .._errors import AdapterError
 from ..kernels import dropped, join_pairs, lora_add, lora_embedding, lora_linear
 from ._lazy_hosts import is_lazily_read, shows_input
+from ._lora_rows import LoRARows
 from ._low_rank import (
     BRANCHES,
     embedding_branch,
@@ -182,6 +183,11 @@ class LoRA(Adapter):
 
     def follows_call(self, host: nn.Module) -> bool:
         return self.term is not None
+
+    @classmethod
+    def together(cls, host: nn.Module, groups: Any, adapters: Any) -> Any:
+        plain = all(type(one) is LoRA and one.kernel is lora_linear for own in adapters for one in own)
+        return LoRARows(host, groups, adapters) if plain and groups.dim == 0 else None
 
     def _joined(self, host: nn.Module, call: Any) -> tuple[Tensor, Tensor] | None:
         """One pair for this adapter and all that it stands around, where one product serves them."""

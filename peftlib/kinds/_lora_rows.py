@@ -1,0 +1,39 @@
+"""One call of a Linear for rows that go through LoRA adapters of their own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .._core.host import runs_bare
+from .._core.override import tensors_of
+from .._core.row_groups import Groups
+from ..kernels import Segments, join_pairs, lora_linear_rows, serves_rows
+
+
+class LoRARows:
+    """Serves a host whose rows lie in front; called with anything else, it says NotImplemented."""
+
+    def __init__(self, host: nn.Module, groups: Groups, adapters: Sequence[Sequence[Any]]) -> None:
+        self.host, self.groups, self.adapters = host, groups, adapters
+        scales = tuple(None if not own else own[0].scale if len(own) == 1 else 1.0 for own in adapters)
+        self.segments = Segments(tuple(groups.counts), scales, groups.order, groups.back)
+
+    def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        (x,) = args or kwargs.values()
+        if self._drops() or not runs_bare(self.host, call) or x.dim() < 2 or x.shape[0] % self.groups.size:
+            return NotImplemented
+        weight, bias = tensors_of(self.host, "weight", "bias")
+        pairs = [_pair(own) for own in self.adapters if own]
+        if not x.numel() or not serves_rows(x, weight, [factor for pair in pairs for factor in pair]):
+            return NotImplemented
+        return lora_linear_rows(x, weight, bias, pairs, self.segments)
+
+    def _drops(self) -> bool:
+        return any(adapter.dropout and adapter.training for own in self.adapters for adapter in own)
+
+
+def _pair(own: Sequence[Any]) -> Any:
+    if len(own) == 1:
+        return tensors_of(own[0], "lora_A", "lora_B")
+    return join_pairs([(adapter.lora_A, adapter.lora_B, adapter.scale) for adapter in own])

@@ -1,0 +1,166 @@
+"""Rows through pairs of their own on one linear layer: equal to each row by itself, output and gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftlib.kernels import Segments, lora_linear_rows
+
+# Rows and ranks of each segment, in the batch's order when sorted; rank 0 is a segment without a pair.
+SHAPES = {
+    "alike": [(2, 3), (2, 3), (2, 3)],
+    "alike, other ranks": [(2, 1), (2, 4), (2, 2)],
+    "one row each": [(1, 2), (1, 2), (1, 2), (1, 2)],
+    "unlike": [(1, 2), (3, 4), (2, 1)],
+    "the base too": [(2, 0), (2, 3), (2, 0), (2, 1)],
+    "the base alone": [(2, 0), (3, 0)],
+    "one": [(4, 2)],
+}
+IN, OUT = 5, 6
+
+
+class Case:
+    """Operands in float64 that all require a gradient, and the rows in a shuffled order or none."""
+
+    def __init__(
+        self, shape: list[tuple[int, int]], shuffled: bool, share: tuple[int, ...] = (3,), one_scale: bool = False
+    ):
+        rows = sum(count for count, _ in shape)
+        self.x = torch.randn(rows, *share, IN, dtype=torch.float64, requires_grad=True)
+        self.weight = torch.randn(OUT, IN, dtype=torch.float64, requires_grad=True)
+        self.bias = torch.randn(OUT, dtype=torch.float64, requires_grad=True)
+        self.factors = [
+            torch.randn(size, dtype=torch.float64, requires_grad=True)
+            for _, rank in shape if rank for size in ((rank, IN), (OUT, rank))
+        ]  # fmt: skip
+        scales = tuple((0.5 if one_scale else 0.5 + i) if rank else None for i, (_, rank) in enumerate(shape))
+        order = torch.randperm(rows) if shuffled else None
+        self.segments = Segments(
+            tuple(count for count, _ in shape), scales, order, None if order is None else order.argsort()
+        )
+        self.shape = shape
+
+    @property
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.factors[::2], self.factors[1::2], strict=True))
+
+    @property
+    def operands(self) -> list[Tensor]:
+        return [self.x, self.weight, self.bias, *self.factors]
+
+    def run(self) -> Tensor:
+        return lora_linear_rows(self.x, self.weight, self.bias, self.pairs, self.segments)
+
+    def by_row(self) -> Tensor:
+        """Row after row: W x + b, and s B A x where the row has a pair."""
+        order = range(len(self.x)) if self.segments.order is None else self.segments.order.tolist()
+        y: list[Any] = [None] * len(self.x)
+        pairs, at = iter(self.pairs), iter(order)
+        for (count, rank), scale in zip(self.shape, self.segments.scales, strict=True):
+            A, B = next(pairs) if rank else (None, None)
+            for _ in range(count):
+                row = next(at)
+                y[row] = self.x[row] @ self.weight.T + self.bias
+                if A is not None and B is not None and scale is not None:
+                    y[row] = y[row] + scale * (self.x[row] @ A.T @ B.T)
+        return torch.stack(y)
+
+
+cases = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+orders = pytest.mark.parametrize("shuffled", [False, True], ids=["sorted", "shuffled"])
+
+
+@cases
+@orders
+@pytest.mark.parametrize("share", [(), (3,), (2, 2)], ids=str)
+def test_each_row_gives_what_its_own_pair_gives(shape, shuffled, share):
+    case = Case(shape, shuffled, share)
+    found, expected = case.run(), case.by_row()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    given = torch.randn_like(found)
+    for one, other in zip(
+        torch.autograd.grad(found, case.operands, given),
+        torch.autograd.grad(expected, case.operands, given),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(case.run(), found)
+
+
+@cases
+def test_only_what_needs_a_gradient_gets_one(shape):
+    for needed in range(3 + 2 * sum(rank > 0 for _, rank in shape)):
+        case = Case(shape, shuffled=True)
+        expected = torch.autograd.grad(case.by_row().square().sum(), case.operands)[needed]
+        for at, operand in enumerate(case.operands):
+            operand.requires_grad_(at == needed)
+        case.run().square().sum().backward()
+        assert [at for at, operand in enumerate(case.operands) if operand.grad is not None] == [needed]
+        torch.testing.assert_close(case.operands[needed].grad, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["alike, other ranks", "the base too"])
+@orders
+def test_gradients_of_gradients(name, shuffled):
+    case = Case(SHAPES[name], shuffled, (2,))
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
+        pairs = list(zip(factors[::2], factors[1::2], strict=True))
+        return lora_linear_rows(x, weight, bias, pairs, case.segments).square()
+
+    assert torch.autograd.gradgradcheck(run, case.operands)
+
+
+@cases
+@orders
+def test_without_a_pair_that_acts_rows_have_the_bits_of_the_layer(shape, shuffled):
+    case = Case(shape, shuffled)
+    with torch.no_grad():
+        for B in case.factors[1::2]:
+            B.zero_()
+        x = case.x if case.segments.order is None else case.x[case.segments.order]
+        y = F.linear(x, case.weight, case.bias)
+        assert torch.equal(case.run(), y if case.segments.back is None else y[case.segments.back])
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "the base alone"])
+def test_a_pair_that_is_not_finite_changes_no_bit_elsewhere(name):
+    case = Case(SHAPES[name], shuffled=True)
+    y = case.run()
+    at = 0
+    for count, rank in case.shape:
+        if rank:
+            break
+        at += count
+    own = case.segments.order[at : at + count]
+    others = torch.tensor([row for row in range(len(case.x)) if row not in own.tolist()], dtype=torch.long)
+    loss = lambda y: y[others].square().sum()  # noqa: E731
+    kept = [case.x, *case.factors[2:]]
+    before = torch.autograd.grad(loss(y), kept, allow_unused=True) if len(others) else ()
+    with torch.no_grad():
+        for factor in case.factors[:2]:
+            factor.fill_(float("nan"))
+    later = case.run()
+    assert torch.equal(later[others], y[others])
+    assert later[own].isnan().all()
+    after = torch.autograd.grad(loss(later), kept, allow_unused=True) if len(others) else ()
+    for at, (one, other) in enumerate(zip(before, after, strict=True)):
+        if at == 0:
+            one, other = one[others], other[others]
+        assert torch.equal(one, other)
+
+
+def test_x_is_kept_itself_and_beside_it_only_products_of_the_rank():
+    case = Case([(4, 2), (4, 2)], shuffled=True, share=(50,))
+    case.weight.requires_grad_(False)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        case.run()
+    known = {operand.data_ptr() for operand in case.operands}
+    extra = [tensor for tensor in kept if tensor.data_ptr() not in known]
+    assert case.x.data_ptr() in {tensor.data_ptr() for tensor in kept}
+    assert sum(tensor.numel() for tensor in extra) == 8 * 50 * 2
