@@ -50,7 +50,9 @@ FILES = {
         "merge",
         "activate freeze dequantize readers",
         "inject",
-        "report verify route",
+        "report route",
+        "verify_rows",
+        "verify",
         "eject",
     ],
     "kinds": [

@@ -57,7 +57,7 @@ def route(
         >>> with peftlib.route(model, ["second", None, "first"]):
         ...     y = model(torch.ones(3, 4))
     """
-    of = _names_by_row(rows, names)
+    of = names_by_row(rows, names)
     chosen = tuple(dict.fromkeys(name for own in of for name in own))
     selection = require(model, chosen)
     for own in dict.fromkeys(of):
@@ -73,7 +73,7 @@ def route(
     return choose(model, selection, chosen, found)
 
 
-def _names_by_row(rows: object, names: Sequence[Choice] | None) -> tuple[Names, ...]:
+def names_by_row(rows: object, names: Sequence[Choice] | None) -> tuple[Names, ...]:
     if isinstance(rows, Tensor):
         return _by_index(rows, names)
     if names is not None:

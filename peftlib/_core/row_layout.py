@@ -35,7 +35,8 @@ class Layout:
 
     def split_inputs(self, args: Any, kwargs: Mapping[str, Any], *, objects: bool = False) -> list[Call]:
         """The arguments for each group. With `objects`, what is neither tensor nor plain goes whole to all."""
-        names = [*zip(type(self.host)._argument_names, args, strict=False)]
+        known = getattr(type(self.host), "_argument_names", ())  # of a module that has no adapters of its own, none
+        names = [*zip(known, args, strict=False)]
         names += [("", value) for value in args[len(names) :]]
         named = [*names, *kwargs.items()]
         primary = self._primary(named)

@@ -15,7 +15,16 @@ from .freeze import moved_buffers
 from .lazy_weight import materialized
 from .merge import merged
 from .quantized import quantized_as
-from .walk import adapters, candidates, in_eval_mode, require, require_no_views, require_unmerged
+from .verify_rows import compare_rows
+from .walk import (
+    adapters,
+    candidates,
+    in_eval_mode,
+    require,
+    require_no_views,
+    require_unmerged,
+    require_unrouted,
+)
 
 Named = tuple[str, str, Adapter]
 Gradients = dict[int, list[Tensor | None]]
@@ -29,6 +38,7 @@ class Verification:
     problems: tuple[str, ...]
     difference: float | None
     materialized: tuple[str, ...] = ()
+    compared: str = "unmerged and merged"
 
     def __bool__(self) -> bool:
         return not self.problems
@@ -37,16 +47,17 @@ class Verification:
         agreement = (
             "nothing that merges to compare"
             if self.difference is None
-            else f"unmerged and merged differ by {self.difference:.3g}"
+            else f"{self.compared} differ by {self.difference:.3g}"
         )
-        return (
-            "\n".join(self.problems or ["every active adapter runs and learns; the base cannot move"])
-            + f"\n{agreement}"
-            + "".join(f"\n{line}" for line in self.materialized)
-        )
+        fine = "every active adapter runs and learns; the base cannot move"
+        if self.compared != Verification.compared:
+            fine = "each group of rows gives what it gives alone"
+        return "\n".join([*(self.problems or [fine]), agreement, *self.materialized])
 
 
-def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **named_inputs: Any) -> Verification:
+def verify(
+    model: nn.Module, *inputs: Any, rows: Any = None, optimizer: Any = None, **named_inputs: Any
+) -> Verification:
     """Runs the model once forward and backward and says which active adapters do nothing.
 
     An adapter is named when it did not run, when no gradient reached it, or when a factor is dead: all zero and with
@@ -55,16 +66,22 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **named_inputs
     was made before `inject`, or loaded since. Gradients, random state, training flags and buffers are as
     they were.
 
+    With `rows`, as `route` takes them, it compares instead each group of rows in one batch with its run alone, outputs
+    and gradients, in eval mode, and names the first module where they differ: a loss over all rows, attention across
+    them, experts with a capacity.
+
     Args:
         model: a model with adapters.
         *inputs: what the model is called with.
+        rows: a list, or a mapping, of the adapters of each row; the batch is in front.
         optimizer: that trains the adapters, for it to be checked too; default none.
         **named_inputs: keywords of that call.
 
     Returns:
         Verification: `problems`, one sentence each; `difference`, the largest absolute difference between unmerged
-        and merged output in eval mode, None where a type cannot be merged, a host is quantized or `merge` refuses;
-        `materialized`, one line for each function that needed an adapted weight whole.
+        and merged output in eval mode, None where a type cannot be merged, a host is quantized or `merge` refuses, and
+        with `rows` that between outputs in the batch and alone; `materialized`, one line for each function that needed
+        an adapted weight whole.
 
     Raises:
         AdapterError: the model has no adapters, is merged, or has a live view.
@@ -78,6 +95,10 @@ def verify(model: nn.Module, *inputs: Any, optimizer: Any = None, **named_inputs
     """
     selection = require(model)
     require_unmerged(selection, "verify")
+    require_unrouted(selection, "verify")
+    if rows is not None:
+        with _no_trace(model):
+            return Verification(*compare_rows(model, rows, inputs, named_inputs), compared="routed and alone")
     active = [item for item in adapters(model) if item[1] in selection.active]
     with _no_trace(model):
         with materialized() as heard:
