@@ -100,6 +100,12 @@ class Adapter(nn.Module):
             f"{type(self).__name__} has neither forward nor fold, so it does nothing. Write one of them."
         )
 
+    def with_own_masks(self, of: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`of(*args, **kwargs)`; masks that it draws in training come from this adapter's seed, if it has one."""
+        masks: Any = self._modules.get("masks")
+        draws = masks is not None and self.training and getattr(self, "dropout", True)
+        return masks.around(of, *args, **kwargs) if draws else of(*args, **kwargs)
+
     def follows_call(self, host: nn.Module) -> bool:
         """Whether `forward` calls the host once, with what it was given itself, and only changes what comes back, each
         row by itself. One call of the host then serves the rows of many adapters."""
@@ -200,6 +206,10 @@ def full_config(kind: type[Adapter], config: dict[str, Any]) -> dict[str, Any]:
             "None, and lists or dicts of them."
         ) from None
     return full
+
+
+def takes_keyword(kind: type[Adapter], name: str) -> bool:
+    return name in signature_of(kind).parameters
 
 
 signature_of = functools.cache(inspect.signature)  # 0.12 ms a call, and one is made for every host

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._errors import AdapterError
-from .adapter import Adapter, full_config
+from .adapter import Adapter, full_config, takes_keyword
 from .clone import clone
 from .foreign import fast_paths_around, present
 from .freeze import freeze_base, statistics_held
@@ -21,6 +21,7 @@ from .host import (
     is_host,
     put,
 )
+from .randomness import Masks, derived, drawing_from, require_seed
 from .readers import Readers
 from .targets import Targets, select
 from .walk import (
@@ -62,6 +63,7 @@ def inject(
     name: str = "default",
     exclude: Targets = (),
     freeze: bool = True,
+    seed: int | None = None,
     **config: Any,
 ) -> list[str]:
     """Puts an adapter of one kind around every module that `targets` names, in place, and makes it active.
@@ -78,6 +80,9 @@ def inject(
         name: of the adapter; one name is activated, saved, merged and ejected together.
         exclude: targets to leave out.
         freeze: sets `requires_grad=False` on all that the model holds outside adapters, until the last one is ejected.
+        seed: of the adapter's own randomness: its start and its dropout masks are then the same whatever else was
+            injected, alone or in a routed batch, under checkpointing and after it was saved and loaded. Default: both
+            come from torch's generators.
         **config: keywords of the kind.
 
     Returns:
@@ -95,6 +100,9 @@ def inject(
     """
     require_name(name)
     require_changeable(model, "inject")
+    if seed is not None:
+        require_seed(seed)
+        config["seed"] = seed
     with statistics_held(model):
         placed = [build(part, name) for part in parts_to_inject(model, targets, kind, exclude, config)]
     require_free(model, placed)
@@ -165,14 +173,34 @@ def _parts(
 
 def build(part: Part, name: str, on_meta: bool = False) -> Placed:
     """Constructs the adapter; on the meta device it costs nothing and draws nothing."""
+    seed, config = seed_in(part.kind, part.config)
+    place = (seed, part.host_name, part.kind.__name__, config.get("param"))
     try:
-        adapter = _on_meta(part) if on_meta else _on_host(part)
-        adapter.config = full_config(part.kind, part.config)
+        adapter = _made(part._replace(config=config), None if seed is None else derived(*place), on_meta)
+        adapter.config = full_config(part.kind, config)
     except AdapterError as error:
         raise AdapterError(f"cannot put {part.kind.__name__} into {part.host_name or 'the root'}: {error}") from None
+    if seed is not None:
+        adapter.config["seed"] = seed
+        adapter.add_module("masks", Masks(*place))
     adapter.name = name
     adapter.train(part.host.training)
     return Placed(part.host_name, part.host, adapter)
+
+
+def seed_in(kind: type[Adapter], config: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
+    """The seed of an adapter's own randomness, and the keywords of its type, which may have a seed of its own."""
+    own = dict(config)
+    return (None if takes_keyword(kind, "seed") else own.pop("seed", None)), own
+
+
+def _made(part: Part, start: int | None, on_meta: bool) -> Adapter:
+    make = _on_meta if on_meta else _on_host
+    if start is None:
+        return make(part)
+    device = next((parameter.device for parameter in part.host.parameters()), torch.device("cpu"))
+    with drawing_from(start, device):
+        return make(part)
 
 
 def _on_host(part: Part) -> Adapter:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .._core.adapter import KINDS, Adapter
 from .._core.foreign import device_of
-from .._core.inject import Part, Placed, build, require_adaptable
+from .._core.inject import Part, Placed, build, require_adaptable, seed_in
+from .._core.randomness import require_seed
 from .._core.readers import Readers
 from .._core.walk import candidates
 from .._errors import AdapterError
@@ -47,7 +48,10 @@ def rebuilt(model: nn.Module, header: Header, name: str, path: Path) -> Iterator
         for one in (header["configs"][at] for at in positions):
             kind, where = _kind(one["kind"], os.fspath(path)), f"{os.fspath(path)}: {host_name or 'the root'}"
             try:
-                require_keywords(kind, one["config"])
+                seed, keywords = seed_in(kind, one["config"])
+                require_keywords(kind, keywords)
+                if seed is not None:
+                    require_seed(seed)
                 part = Part(host_name, by_name[host_name], kind, one["config"])
                 placed = _within(size, part, name, on_meta=True)
             except _REFUSALS as error:

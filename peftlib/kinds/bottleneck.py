@@ -131,10 +131,10 @@ class Bottleneck(Adapter):
         return torch.add(y, term.to(y.dtype)) if self.residual else term  # y first: the sum is laid out as y is
 
     def _bottleneck(self, u: Tensor, residual: Tensor | None) -> Tensor:
-        return bottleneck(
-            u, self.down_weight, self.down_bias, self.up_weight, self.up_bias, self.norm_weight, self.norm_bias,
-            residual=residual, activation=self.activation, norm=self.norm, scale=self.scale, dropout=self.dropout,
-            training=self.training,
+        return self.with_own_masks(
+            bottleneck, u, self.down_weight, self.down_bias, self.up_weight, self.up_bias, self.norm_weight,
+            self.norm_bias, residual=residual, activation=self.activation, norm=self.norm, scale=self.scale,
+            dropout=self.dropout, training=self.training,
         )  # fmt: skip
 
     def _axis_in(self, y: Tensor, u: Tensor) -> int:

@@ -169,7 +169,8 @@ class LoRA(Adapter):
             (x,) = args or kwargs.values()
             weight, bias = tensors_of(host, "weight", "bias")
             lora_A, lora_B = tensors_of(self, "lora_A", "lora_B")
-            return lora_linear(x, weight, bias, lora_A, lora_B, self.scale, self.dropout, self.training)
+            operands = x, weight, bias, lora_A, lora_B, self.scale, self.dropout, self.training
+            return self.with_own_masks(lora_linear, *operands)
         if self.term is None:
             return super().forward(host, call, *args, **kwargs)
         joined = self._joined(host, call)
@@ -204,7 +205,9 @@ class LoRA(Adapter):
             return torch.add(y, self._low_rank(host, input, *args, **kwargs).to(y.dtype), alpha=self.scale)
         if self.kernel is lora_embedding:
             return lora_embedding(y, input, self.lora_A, self.lora_B, self.scale, host.padding_idx)
-        return lora_add(y, input, self.lora_A, self.lora_B, self.scale, self.dropout, self.training)
+        return self.with_own_masks(
+            lora_add, y, input, self.lora_A, self.lora_B, self.scale, self.dropout, self.training
+        )
 
     def _low_rank(self, host: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         dtype = input.dtype if input.is_floating_point() else self.lora_A.dtype
@@ -213,7 +216,8 @@ class LoRA(Adapter):
         def product(x: Tensor, *pair: Tensor) -> Tensor:
             return self._trained(lambda A, B: term(host, A.to(dtype), B.to(dtype), x, *args, **kwargs), *pair)
 
-        return dropped(product, input, self.lora_A, self.lora_B, dropout=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        return self.with_own_masks(dropped, product, input, self.lora_A, self.lora_B, dropout=dropout)
 
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
         """The host's weight plus s B A, the product taken in float32 or wider."""
