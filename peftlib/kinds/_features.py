@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .._core.walk import candidates
 from ._probe import probed
 from ._weight_layout import is_transposed_linear
 
@@ -45,8 +46,9 @@ def features_of(host: nn.Module) -> Features:
 
 def _found_inside(host: nn.Module) -> Features:
     """Of a class that is not known: a call of it, else its last projection, else what it says of itself."""
-    projections = [(name, features_of(m)) for name, m in host.named_modules() if m is not host and _projects(m)]
-    norms = [_norm_size(module) for module in host.modules()]
+    inside = candidates(host)
+    projections = [(name, features_of(module)) for name, module in inside if _projects(module)]
+    norms = [_norm_size(module) for _, module in inside]
     said = [*_said(host)]
     around = [size for size in (*norms, *said) if size is not None]
     first = next((found for _, found in projections if found.inputs is not None), None)
@@ -79,7 +81,7 @@ def _said(host: Any) -> Iterator[int]:
 
 def _norm_size(module: nn.Module) -> int | None:
     """Of a norm, or of a scale of its own for each feature."""
-    if module._modules:
+    if module._modules.keys() - {"adapters"}:
         return None
     vectors = [p for p in module._parameters.values() if p is not None and p.dim() == 1]
     return len(vectors[0]) if vectors else None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._core.clone import clone
 from .._core.foreign import is_offloaded
+from .._core.host import adapters_of, is_host
 from .._errors import AdapterError
 from ._hidden_states import with_hidden_states
 
@@ -46,12 +47,14 @@ def probed(host: nn.Module, inputs: Sequence[int], outputs: Sequence[int], image
 
 
 def _scratch(host: nn.Module) -> nn.Module:
-    """On the meta device and without hooks, so that nothing of the user's learns of it."""
+    """On the meta device, without hooks, so that nothing of the user's learns of it, and without its adapters."""
     scratch: nn.Module = clone(host, meta=True)
     for module in scratch.modules():
         for hooks in _HOOKS:
             getattr(module, hooks).clear()
         module.training = False
+        if is_host(module):
+            adapters_of(module).selection.active = ()  # a copy of the model's
     return scratch
 
 

@@ -234,3 +234,14 @@ def test_blocks_of_transformers_say_how_wide_they_are():
         before = host(*inputs)
         peftlib.inject(model, "host", Bottleneck, width=3)
         assert torch.equal(host(*inputs), before)
+
+
+@pytest.mark.parametrize(("host", "inputs"), HOSTS.values(), ids=HOSTS)
+def test_adapters_that_are_there_already_do_not_count(host, inputs):
+    model = nn.ModuleDict({"host": host})
+    peftlib.inject(model, "host", Bottleneck, width=3, norm="after", name="first")
+    peftlib.inject(model, "host", Bottleneck, width=3, name="second")
+    first, second = (adapter for _, _, adapter in peftlib.adapters(model))
+    assert second.up_weight.shape == first.up_weight.shape
+    host(*inputs)
+    peftlib.eject(model)
