@@ -122,6 +122,25 @@ def test_a_complex_weight_gets_complex_factors(init, dropout):
     assert torch.autograd.gradcheck(dropped, (adapter.lora_A, adapter.lora_B))
 
 
+@pytest.mark.parametrize("tokens", [3, 512])
+def test_the_gradients_of_complex_factors_are_those_of_plain_operations(tokens):
+    """Of many tokens too, for which real numbers have a backward pass of their own."""
+    torch.manual_seed(0)
+    host = nn.Linear(256, 256, dtype=torch.complex64)
+    model = nn.Sequential(host)
+    peftlib.inject(model, "0", LoRA, rank=8)
+    drawn(model)
+    (adapter,) = [adapter for _, _, adapter in peftlib.adapters(model)]
+    x = torch.randn(tokens, 256, dtype=torch.complex64, requires_grad=True)
+    own = [x, adapter.lora_A, adapter.lora_B]
+    expected = F.linear(x, host.weight, host.bias) + F.linear(F.linear(x, adapter.lora_A), adapter.lora_B)
+    dY = torch.randn_like(expected)
+    for found, wanted in zip(
+        torch.autograd.grad(model(x), own, dY), torch.autograd.grad(expected, own, dY), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_complex_rows_are_orthonormal_and_of_the_variance_of_real_ones():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(400, 300, dtype=torch.complex64))
