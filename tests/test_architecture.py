@@ -271,6 +271,9 @@ def test_importing_peftlib_imports_nothing_heavy():
 
 def test_importing_peftlib_costs_at_most_a_tenth_of_a_second(monkeypatch):
     # Compiled, as pip installs it; time of the processor, the least of up to seven: what else a machine does only adds.
+    # Without the collector: whether it comes due at this import or the next, it takes 80 ms for the objects of torch.
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "")
-    probe = "import time, torch; t = time.process_time(); import peftlib; print(time.process_time() - t)"
+    probe = (
+        "import gc, time, torch; gc.disable(); t = time.process_time(); import peftlib; print(time.process_time() - t)"
+    )
     assert any(float(fresh(probe)) <= 0.1 for _ in range(7))

@@ -95,7 +95,8 @@ def _class_paths(cls: type) -> _Paths:
     forward = function_of(inspect.getattr_static(own, "forward", None))
     by_torch = [paths for reader, paths in _READ_BY_TORCH.items() if issubclass(own, reader)]
     paths = frozenset().union(reads_of(own, forward) if forward else (), *by_torch)
-    calls = frozenset(path for path in paths if path[-1:] == (CALL,) and (len(path) == 2 or path[-2] == ANY))
+    called = [path for path in paths if len(path) > 1 and path[-1] == CALL]
+    calls = frozenset(path for path in called if len(path) == 2 or path[-2] == ANY)
     return _Paths(calls, frozenset(path for path in paths - calls if len(path) > 1))
 
 

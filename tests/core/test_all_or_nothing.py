@@ -236,14 +236,21 @@ LOADING = {
 }
 
 
+def switched_off() -> Any:
+    """Its copies and those that are loaded could not be active together."""
+    model = adapted()
+    peftlib.activate(model)
+    return model
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(("owner", "attribute", "calls"), LOADING.values(), ids=LOADING)
-@pytest.mark.parametrize("make", [network, wrapped, adapted, halves])
+@pytest.mark.parametrize("make", [network, wrapped, switched_off, halves])
 def test_load_fails_at_each_host(make, owner, attribute, calls, late, saved):
     assert fail_at_every_call(make, lambda m: peftlib.load(m, saved), owner, attribute, late) == calls
 
 
-@pytest.mark.parametrize(("part", "make"), [*enumerate([network, wrapped, adapted, halves])])
+@pytest.mark.parametrize(("part", "make"), [*enumerate([network, wrapped, switched_off, halves])])
 def test_load_fails_at_each_step(part, make, saved):
     """Each model meets another part of the steps; together, one in two."""
     assert fail_at_every_step(make, lambda m: peftlib.load(m, saved), part, 8) >= 30

@@ -11,9 +11,12 @@ import torch
 from placing import Case, named_modules
 from subject import Subject, changes, distance, projected, same, state
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 import peftlib
 
+_MOVING = (_NormBase, _SpectralNorm)  # modules whose buffers move in training
 _EFFECT = 1e-3  # merged and unmerged may differ by this part of what the adapter does: an inert host makes more
 _ROUNDING = 1e-5  # of float32, summed in another order
 
@@ -46,15 +49,29 @@ def unchanged_at_the_start(case: Case) -> None:
     if not case.kind.silent:
         raise NotHere("inserting may change the output")
     for train in (False, True):
-        bases = [output for (mode, _), output in case.subject.bases.items() if mode == train]
+        bases = _bases(case, train)
         found = case.subject.run(case.adapted(train)) if bases else []
         if bases and not any(same(found, base) for base in bases) and not same(found, _partly_free(case, train)):
             raise Wrong(f"{'train' if train else 'eval'}: differs by {min(distance(found, b) for b in bases):.2g}")
 
 
+def _bases(case: Case, train: bool) -> list[list[Tensor]]:
+    """What the base gives, its weights training or not, with its running statistics held as adapters hold them."""
+    if not train or not any(isinstance(module, _MOVING) for module in case.subject.fresh().modules()):
+        return [output for (mode, _), output in case.subject.bases.items() if mode == train]
+    return [case.subject.run(_held(case.subject.fresh(True)).requires_grad_(free)) for free in (False, True)]
+
+
+def _held(base: nn.Module) -> nn.Module:
+    for module in base.modules():
+        if isinstance(module, _MOVING):
+            module.eval()
+    return base
+
+
 def _partly_free(case: Case, train: bool) -> list[Tensor]:
     """The base where the hosts' weights alone train: torch has other kernels for those that do."""
-    base = case.subject.fresh(train).requires_grad_(False)
+    base = _held(case.subject.fresh(train)).requires_grad_(False)
     for name, _ in case.hosts:
         for parameter in base.get_submodule(name).parameters(recurse=False):
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
