@@ -1,7 +1,7 @@
 """LoRA on a linear layer whose rows go through pairs of their own: the layer once, and each pair on its rows."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ _DENSE = frozenset((Tensor, Parameter))
 Pair = tuple[Tensor, Tensor]
 
 
-class Segments(NamedTuple):
+class Segments:
     """The rows of a batch sorted by pair: how many each has, the scale of its pair or None where there is none, and
     the order that sorts them and the one that undoes it, both None where the batch is sorted.
 
@@ -27,24 +27,18 @@ class Segments(NamedTuple):
         >>> segments = peftlib.kernels.Segments((1, 2), (2.0, None), order, order.argsort())
     """
 
-    counts: tuple[int, ...]
-    scales: tuple[float | None, ...]
-    order: Tensor | None = None
-    back: Tensor | None = None
-
-    @property
-    def size(self) -> int:
-        return sum(self.counts)
-
-    @property
-    def are_alike(self) -> bool:
-        """Whether one batched product serves all: as many rows for each pair, and none without one."""
-        return self.counts.count(self.counts[0]) == len(self.counts) and None not in self.scales
-
-    @property
-    def scale(self) -> float | None:
-        """The one scale of all pairs, if it is one."""
-        return self.scales[0] if self.scales.count(self.scales[0]) == len(self.scales) else None
+    def __init__(
+        self,
+        counts: tuple[int, ...],
+        scales: tuple[float | None, ...],
+        order: Tensor | None = None,
+        back: Tensor | None = None,
+    ) -> None:
+        self.counts, self.scales, self.order, self.back = counts, scales, order, back
+        self.size = sum(counts)
+        # One batched product then serves all: as many rows for each pair, and none without one.
+        self.are_alike = len({*counts}) == 1 and None not in scales
+        self.scale = scales[0] if len({*scales}) == 1 else None
 
 
 def lora_linear_rows(
@@ -108,8 +102,8 @@ def serves_rows(x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> bool:
     """
     if is_compiling() or _are_functorch_transforms_active() or _is_any_autocast_enabled():
         return False
-    kinds, dtypes = {type(each) for each in (x, weight, *factors)}, {each.dtype for each in (x, weight, *factors)}
-    return kinds <= _DENSE and len(dtypes) == 1 and x.is_contiguous()
+    tensors = (x, weight, *factors)
+    return {*map(type, tensors)} <= _DENSE and len({tensor.dtype for tensor in tensors}) == 1 and x.is_contiguous()
 
 
 class _LoRARows(Function):

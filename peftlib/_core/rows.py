@@ -55,12 +55,12 @@ class Plan:
 
 
 def _plan_of(host: Any, rows: Rows) -> Plan:
-    groups = rows.groups(tuple(host._modules["adapters"]._modules))
-    if is_compiling():
-        return Plan(host, groups)
-    if id(host) not in rows.plans:  # no host leaves or joins the model while its rows are routed
-        rows.plans[id(host)] = Plan(host, groups)
-    return rows.plans[id(host)]
+    plan = None if is_compiling() else rows.plans.get(id(host))
+    if plan is None:
+        plan = Plan(host, rows.groups(tuple(host._modules["adapters"]._modules)))
+        if not is_compiling():
+            rows.plans[id(host)] = plan  # no host leaves or joins the model while its rows are routed
+    return plan
 
 
 def _rows_now(host: Any, rows: Rows, thread: int) -> Rows:

@@ -17,20 +17,23 @@ class LoRARows:
     def __init__(self, host: nn.Module, groups: Groups, adapters: Sequence[Sequence[Any]]) -> None:
         self.host, self.groups, self.adapters = host, groups, adapters
         scales = tuple(None if not own else own[0].scale if len(own) == 1 else 1.0 for own in adapters)
+        self.dropping = [adapter for own in adapters for adapter in own if adapter.dropout]
         self.segments = Segments(tuple(groups.counts), scales, groups.order, groups.back)
 
     def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         (x,) = args or kwargs.values()
-        if self._drops() or not runs_bare(self.host, call) or x.dim() < 2 or x.shape[0] % self.groups.size:
+        if (
+            any(adapter.training for adapter in self.dropping)
+            or not runs_bare(self.host, call)
+            or x.dim() < 2
+            or x.shape[0] % self.groups.size
+        ):
             return NotImplemented
         weight, bias = tensors_of(self.host, "weight", "bias")
         pairs = [_pair(own) for own in self.adapters if own]
         if not x.numel() or not serves_rows(x, weight, [factor for pair in pairs for factor in pair]):
             return NotImplemented
         return lora_linear_rows(x, weight, bias, pairs, self.segments)
-
-    def _drops(self) -> bool:
-        return any(adapter.dropout and adapter.training for own in self.adapters for adapter in own)
 
 
 def _pair(own: Sequence[Any]) -> Any:
