@@ -87,6 +87,24 @@ SIZES: dict[str, tuple[nn.Module, tuple[int | None, int, int]]] = {
 }
 
 
+def test_the_size_of_a_module_does_not_come_from_an_adapter_that_is_there_already():
+    """A module of a class that is not known, whose own vector says how wide it is."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    model = nn.Sequential(Scaled())
+    for name in ("first", "second"):
+        peftlib.inject(model, "0", Bottleneck, width=3, name=name)
+    assert [part.get_parameter("up_weight").shape for *_, part in peftlib.adapters(model)] == [(4, 3), (4, 3)]
+    assert model(torch.ones(2, 4)).shape == (2, 4)
+
+
 @pytest.mark.parametrize(("host", "sizes"), SIZES.values(), ids=SIZES)
 def test_the_size_comes_from_the_host(host, sizes):
     inputs, outputs, axis = sizes
