@@ -147,7 +147,7 @@ def parts_to_inject(
     model: nn.Module, targets: Targets, kind: type[Adapter], exclude: Targets, config: dict[str, Any]
 ) -> list[Part]:
     require_kind(kind)
-    require_keywords(kind, config)
+    require_keywords(kind, seed_in(kind, config)[1])
     require_uncompiled(model, "inject")
     named = candidates(model, aliases=True)
     hits = {id(module): module for _, module in select(named, targets, exclude)}
