@@ -104,7 +104,7 @@ class Adapter(nn.Module):
         """`of(*args, **kwargs)`; masks that it draws in training come from this adapter's seed, if it has one."""
         masks: Any = self._modules.get("masks")
         draws = masks is not None and self.training and getattr(self, "dropout", True)
-        return masks.around(of, *args, **kwargs) if draws else of(*args, **kwargs)
+        return of(*args, **kwargs) if masks is None or not draws else masks.around(of, *args, **kwargs)
 
     def follows_call(self, host: nn.Module) -> bool:
         """Whether `forward` calls the host once, with what it was given itself, and only changes what comes back, each

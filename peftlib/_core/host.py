@@ -16,7 +16,7 @@ from .clone import without_overrides
 from .containers import methods_of_items
 from .foreign import FAST_PATHS, is_bound, place_of_forward, statistics_in
 from .row_groups import Rows
-from .rows import by_rows, nested
+from .rows import by_rows
 
 _INNER = "_inner_forward"
 BUFFERS = "_peftlib_buffers"  # on a module of a frozen base: its buffers as they were when adapters came in
@@ -120,7 +120,12 @@ def _forward_around(cls: Any) -> Callable[..., Any]:
             call = functools.partial(_with_statistics_held, self, statistics, call)
         if selection.rows is not None:
             return by_rows(self, selection.rows, call, args, kwargs)
-        return nested(self, adapters._modules.values(), selection.active, call)(*args, **kwargs)
+        outermost, active = None, selection.active
+        for adapter in adapters._modules.values():
+            if adapter.name in active:
+                call = call if outermost is None else functools.partial(outermost, self, call)
+                outermost = adapter
+        return call(*args, **kwargs) if outermost is None else outermost(self, call, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(cls.forward)  # pyright: ignore[reportFunctionMemberAccess]
     return forward

@@ -24,14 +24,14 @@ def by_rows(host: Any, rows: Rows, call: Callable[..., Any], args: Any, kwargs: 
         if done is not NotImplemented:
             return done
     if len(plan.groups.each) == 1:
-        return nested(host, plan.acting, plan.groups.each[0].names, call)(*args, **kwargs)
+        return _nested(host, plan.acting, plan.groups.each[0].names, call)(*args, **kwargs)
     layout = Layout(host, plan.groups, rows)
     if plan.follows:
         return _on_outputs(host, plan, layout, call, args, kwargs)
     layout.require_one_weight()
     return layout.join_outputs(
         [
-            _inside(rows, thread, group.rows, nested(host, plan.acting, group.names, call), own_args, own_kwargs)
+            _inside(rows, thread, group.rows, _nested(host, plan.acting, group.names, call), own_args, own_kwargs)
             for group, (own_args, own_kwargs) in zip(plan.groups.each, layout.split_inputs(args, kwargs), strict=True)
         ]
     )
@@ -97,7 +97,7 @@ def _on_outputs(host: Any, plan: Plan, layout: Layout, call: Callable[..., Any],
     outputs = layout.split_outputs(call(*args, **kwargs))
     return layout.join_outputs(
         [
-            nested(host, plan.acting, group.names, functools.partial(_given, output))(*own_args, **own_kwargs)
+            _nested(host, plan.acting, group.names, functools.partial(_given, output))(*own_args, **own_kwargs)
             for group, output, (own_args, own_kwargs) in zip(plan.groups.each, outputs, inputs, strict=True)
         ]
     )
@@ -107,7 +107,7 @@ def _given(output: Any, *_: Any, **__: Any) -> Any:
     return output
 
 
-def nested(host: nn.Module, adapters: Any, names: Names, call: Callable[..., Any]) -> Callable[..., Any]:
+def _nested(host: nn.Module, adapters: Any, names: Names, call: Callable[..., Any]) -> Callable[..., Any]:
     """The call with the adapters of these names around it, in the order in which they nest."""
     for adapter in adapters:
         if adapter.name in names:

@@ -169,6 +169,8 @@ class LoRA(Adapter):
             (x,) = args or kwargs.values()
             weight, bias = tensors_of(host, "weight", "bias")
             lora_A, lora_B = tensors_of(self, "lora_A", "lora_B")
+            if not self.dropout:
+                return lora_linear(x, weight, bias, lora_A, lora_B, self.scale)
             operands = x, weight, bias, lora_A, lora_B, self.scale, self.dropout, self.training
             return self.with_own_masks(lora_linear, *operands)
         if self.term is None:

@@ -131,11 +131,8 @@ def test_without_a_pair_that_acts_rows_have_the_bits_of_the_layer(shape, shuffle
 def test_a_pair_that_is_not_finite_changes_no_bit_elsewhere(name):
     case = Case(SHAPES[name], shuffled=True)
     y = case.run()
-    at = 0
-    for count, rank in case.shape:
-        if rank:
-            break
-        at += count
+    first = next(i for i, (_, rank) in enumerate(case.shape) if rank)
+    at, count = sum(case.segments.counts[:first]), case.segments.counts[first]
     own = case.segments.order[at : at + count]
     others = torch.tensor([row for row in range(len(case.x)) if row not in own.tolist()], dtype=torch.long)
     loss = lambda y: y[others].square().sum()  # noqa: E731
