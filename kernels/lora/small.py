@@ -111,7 +111,8 @@ def linear_of_one_token(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float
 ) -> Tensor:
     """One token without gradients or dropout: products with a vector, where they have the bits of F.linear."""
-    if not x.dtype == weight.dtype == lora_A.dtype == lora_B.dtype or _is_any_autocast_enabled():
+    alike = x.dtype == weight.dtype == lora_A.dtype == lora_B.dtype and x.is_contiguous()
+    if not alike or _is_any_autocast_enabled():
         return reference.lora_add(F.linear(x, weight, bias), x, lora_A, lora_B, scale)
     row = x.flatten()
     if x.is_cpu and _multiplies_alike(weight, bias):

@@ -244,6 +244,36 @@ def test_zero_lora_B_gives_the_bits_of_the_base_in_any_layout(layout, dtype, rou
         assert_bits_of_base(LAYOUTS[layout](tensors, gradient)[0], 0.1)
 
 
+# Inputs as models hand them on, from a new tensor by batch b, tokens t and features k.
+INPUTS = {
+    "some tokens": lambda new, b, t, k: new(b, t + 3, k)[:, 1 : t + 1],
+    "every second token": lambda new, b, t, k: new(b, 2 * t, k)[:, ::2],
+    "some features": lambda new, b, t, k: new(b, t, k + 5)[..., 2 : k + 2],
+    "every second feature": lambda new, b, t, k: new(b, t, 2 * k)[..., ::2],
+    "tokens first": lambda new, b, t, k: new(t, b, k).transpose(0, 1),
+    "features before tokens": lambda new, b, t, k: new(b, k, t).mT,
+    "features first": lambda new, b, t, k: new(k, t, b).permute(2, 1, 0),
+    "one batch for all": lambda new, b, t, k: new(1, t, k).expand(b, t, k),
+    "an image": lambda new, b, t, k: new(b, k, 2, t).permute(0, 2, 3, 1),
+    "heads before tokens": lambda new, b, t, k: new(b, t, 2, k).transpose(1, 2),
+    "a transposed matrix": lambda new, b, t, k: new(k, b * t).t(),
+    "a column": lambda new, b, t, k: new(k, 2)[:, 0],
+}
+
+
+@pytest.mark.parametrize("layout", INPUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_lora_B_gives_the_bits_of_the_base_on_any_slice(layout, dtype):
+    torch.manual_seed(0)
+    sizes = [(2, 5, 8, 6), (1, 7, 33, 17), (2, 3, 100, 130), (1, 1, 64, 64), (2, 64, 256, 512)]
+    for (batch, tokens, features, out), bias in itertools.product(sizes, (True, False)):
+        tensors, _ = problem((), features, out, 4, dtype, bias)
+        tensors["lora_B"].zero_()
+        x = INPUTS[layout](lambda *shape: torch.randn(shape).to(dtype), batch, tokens, features)
+        for dropout in (0.0, 0.1):
+            assert_bits_of_base({**tensors, "x": x}, dropout)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_one_token_with_zero_lora_B_gives_the_bits_of_the_base_at_every_size(dtype, bias):
@@ -254,6 +284,7 @@ def test_one_token_with_zero_lora_B_gives_the_bits_of_the_base_at_every_size(dty
             tensors, _ = problem(leading, features, out, 1, dtype, bias)
             tensors["lora_B"].zero_()
             assert_bits_of_base(tensors, 0.0)
+            assert_bits_of_base({**tensors, "x": tensors["x"].repeat_interleave(2, -1)[..., ::2]}, 0.0)
     asked = [
         alike for (_, kind, without_bias, _), alike in small._ALIKE.items() if (kind, without_bias) == (dtype, not bias)
     ]
