@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _is_tracing
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
@@ -58,17 +58,29 @@ def as_own_tensor(result: Tensor, shape: Sequence[int]) -> Tensor:
 # ---------------------------------------------------------------- plain ops, autograd function, or neither
 
 
-def is_traced(x: Tensor, other: Tensor) -> bool:
-    """Whether only plain ops serve: under torch.compile, inside torch.func, and for tensor subclasses."""
+def is_transformed() -> bool:
+    """Whether each operation is recorded or given another meaning: torch.compile, torch.func, forward-mode AD and
+    torch.jit.trace, which would keep the sizes that Python computed."""
     if is_compiling() or _are_functorch_transforms_active():
         return True
-    return type(x) not in _DENSE or type(other) not in _DENSE
+    return _has_tangents() or _is_tracing()
+
+
+def _has_tangents() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def is_traced(x: Tensor, other: Tensor) -> bool:
+    """Whether only plain ops serve: where they are transformed, and for tensor subclasses."""
+    return is_transformed() or type(x) not in _DENSE or type(other) not in _DENSE
 
 
 def is_differentiated(dY: Tensor) -> bool:
     """Whether a backward pass must be plain ops: under create_graph it is differentiated in its turn, under
-    is_grads_batched it is mapped."""
-    return torch.is_grad_enabled() or is_legacy_batchedtensor(dY) or _are_functorch_transforms_active()
+    is_grads_batched it is mapped, at a level of forward-mode AD it has tangents."""
+    if torch.is_grad_enabled() or is_legacy_batchedtensor(dY):
+        return True
+    return _are_functorch_transforms_active() or _has_tangents()
 
 
 def is_dense(x: Tensor, weight: Tensor, dropout: float) -> bool:

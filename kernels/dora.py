@@ -5,10 +5,8 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
-from torch.compiler import is_compiling
 
-from .dispatch import without_autocast
+from .dispatch import is_transformed, without_autocast
 
 
 @torch.no_grad()
@@ -40,6 +38,8 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> T
     Source: Liu et al., DoRA: Weight-Decomposed Low-Rank Adaptation, 2024; the norm as a constant, section 4.3.
     """
     wide = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
+    if is_transformed():  # no_grad lets tangents of forward mode through
+        weight, lora_A, lora_B = weight.detach(), lora_A.detach(), lora_B.detach()
     lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
     with nullcontext() if weight.is_meta else without_autocast(weight):
         squares, projected = _passes_over(weight, lora_A)  # [..., out], [..., out, rank]
@@ -50,7 +50,7 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> T
 
 def _passes_over(weight: Tensor, lora_A: Tensor) -> tuple[Tensor, Tensor]:
     """rowsum(W ⊙ W) and W Aᵀ, in the dtype of A."""
-    if weight.dtype == lora_A.dtype or is_compiling() or _are_functorch_transforms_active():
+    if weight.dtype == lora_A.dtype or is_transformed():
         weight = weight.to(lora_A.dtype)
         return torch.linalg.vector_norm(weight, dim=-1).square(), weight @ lora_A.transpose(-2, -1)
     weight, lora_A = weight.detach(), lora_A.detach()  # indexing a parameter can deadlock beside other threads

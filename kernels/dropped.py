@@ -5,12 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
 from torch.autograd import Function
-from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from .dispatch import apply, as_own_tensor
+from .dispatch import apply, as_own_tensor, is_transformed
 from .dropout import draw_seed, survivors_scale
 from .lora.aten import keep_mask
 
@@ -39,7 +37,7 @@ def dropped(of: Callable[..., Tensor], x: Tensor, *weights: Tensor, dropout: flo
     """
     if not dropout:
         return of(x, *weights)
-    if is_compiling() or _are_functorch_transforms_active():
+    if is_transformed():
         return of(F.dropout(x, dropout), *weights)
     seed = draw_seed(_matrix(x))
     if not torch.is_grad_enabled():

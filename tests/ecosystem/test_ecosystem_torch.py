@@ -305,6 +305,19 @@ def test_a_live_model_exports_and_comes_back_from_its_file(column):
     assert close(dynamic.module()(tokens(5, 9)), model(tokens(5, 9)))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")  # torch would rather have torch.export
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of checks that hold for every size
+@feature("torch.jit.trace of an unmerged model, called with other sizes")
+@every_kind
+@pytest.mark.parametrize("flows", [True, False], ids=["gradients", "no gradients"])
+def test_a_traced_model_serves_other_sizes(column, flows):
+    model = network(column).train(flows)
+    with torch.set_grad_enabled(flows):
+        traced = torch.jit.trace(model, (tokens(),), check_trace=False)
+        for given in (tokens(), tokens(5, 9), tokens(1, 4)):
+            assert close(traced(given), model(given))
+
+
 @feature("torch.export of a merged model")
 @every_kind
 def test_a_merged_model_exports_with_the_operators_of_the_base(column, record_property):
