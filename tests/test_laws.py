@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import peftlib
 from support import reference
 from support.hosts import HOSTS, Around, Host, converted, without_fast_path
+from support.refusals import refused
 
 pytestmark = [
     # torch's own, of the base: they say nothing of an adapter.
@@ -817,6 +819,97 @@ def test_under_autocast_inserting_changes_no_bit(kind, host):
     base, model = host.base(), adapted(kind, host, move=False)
     with torch.autocast("cpu", torch.bfloat16), host.base_path():
         assert same(call(model, host), call(base, host))
+
+
+def _differentiated_forward(model: nn.Module, host: Host) -> tuple[list[Tensor], list[Tensor], float, float]:
+    """Outputs, their tangents, and for a random cotangent g and tangents t both sides of <g, J t> = <Jᵀ g, t>."""
+    arguments, keywords = host.arguments(torch.float64, track=True)
+    inputs = [leaf for leaf in floating(arguments) if leaf.requires_grad]
+    own = dict(model.named_parameters())
+    torch.manual_seed(5)
+    tangents = [torch.randn_like(leaf) for leaf in [*inputs, *own.values()]]
+    torch.manual_seed(6)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*pair) for pair in zip([*inputs, *own.values()], tangents, strict=True)]
+        given = {id(leaf): dual for leaf, dual in zip(inputs, duals, strict=False)}
+        arguments = tree_map(lambda leaf: given.get(id(leaf), leaf), arguments)
+        moved = dict(zip(own, duals[len(inputs) :], strict=True))
+        outputs = floating(torch.func.functional_call(model, moved, arguments, keywords))
+        pairs = [forward_ad.unpack_dual(output) for output in outputs]
+        back = torch.autograd.grad(outputs, [*inputs, *own.values()], cotangents(outputs), allow_unused=True)
+        back = [None if each is None else forward_ad.unpack_dual(each).primal for each in back]
+    forward = sum((g * pair.tangent).sum().item() for g, pair in zip(cotangents(outputs), pairs, strict=True))
+    backward = sum((g * t).sum().item() for g, t in zip(back, tangents, strict=True) if g is not None)
+    return [pair.primal for pair in pairs], [pair.tangent for pair in pairs], forward, backward
+
+
+# Hosts that torch differentiates forward; in backward these two change the gradient of their table on purpose.
+_FORWARD_MODE = ("linear", "conv", "transposed", "embedding", "hf-conv1d", "layer-norm", "experts", "two-names", "tied")
+_RESCALED = ("embedding-padding", "embedding-frequency")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own rules use its own scripting
+@table([(kind, host) for kind, host in MAIN if host.name.startswith(_FORWARD_MODE) and host.name not in _RESCALED])
+def test_forward_mode_is_the_transpose_of_backward_mode(kind, host):
+    """For the weights of the base too, as if they trained."""
+    model = adapted(kind, host, torch.float64).requires_grad_(True)
+    outputs, tangents, forward, backward = _differentiated_forward(model, host)
+    assert any(tangent.any() for tangent in tangents)
+    assert forward == pytest.approx(backward, rel=1e-9)
+    if not kind.random:
+        for found, expected in zip(outputs, call(model, host, torch.float64), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+class _OfOneArgument(nn.Module):
+    """A root whose code names its arguments, as torch.fx asks."""
+
+    def __init__(self, model: nn.Module, arguments: int, keywords: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model, self.arguments, self.keywords = model, arguments, keywords
+
+    def forward(self, given: Any) -> Any:
+        return self.model(*[given[at] for at in range(self.arguments)], **self.keywords)
+
+
+class _NoLeaves(torch.fx.Tracer):
+    """It goes into the modules of torch too, as it goes into those of users."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return False
+
+
+@table(MAIN)
+def test_a_graph_of_fx_gives_the_same_bits(kind, host):
+    arguments, keywords = host.arguments()
+    root = _OfOneArgument(adapted(kind, host), len(arguments), keywords)
+    if host.settles:
+        with pytest.raises(peftlib.AdapterError, match=r"model\.host.*hooks"):
+            _NoLeaves().trace(root)
+        return
+    graph = torch.fx.GraphModule(root, _NoLeaves().trace(root))
+    found, expected = ([torch.manual_seed(7), floating(each(arguments))][1] for each in (graph, root))
+    assert same(found, expected)
+
+
+def test_a_root_that_is_adapted_itself_is_refused_by_fx_and_serves_inside_another():
+    model = nn.Linear(5, 3)
+    peftlib.inject(model, nn.Linear, peftlib.LoRA, rank=2)
+    with refused(model, "root", "Linear"):
+        torch.fx.symbolic_trace(model)
+    x = torch.randn(2, 5)
+    assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(model))(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")  # torch would rather have torch.export
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of checks that hold for every size
+@table([(kind, host) for kind, host in MAIN if host.name in ("linear", "conv2d", "transposed2d-grouped")])
+def test_traced_by_jit_it_serves_other_sizes(kind, host):
+    model = adapted(kind, host).eval()
+    (x,), _ = host.arguments()
+    traced = torch.jit.trace(model, (x,), check_trace=False)
+    for given in (x, torch.cat([x, x[:1]]), x[:1]):
+        torch.testing.assert_close(traced(given), model(given))
 
 
 @table(MAIN)

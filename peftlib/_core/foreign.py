@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
+from torch.fx import Proxy, _symbolic_trace
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.utils._pytree import tree_leaves
 
 from .._errors import AdapterError
 
@@ -110,3 +113,28 @@ def device_of(host: nn.Module) -> torch.device:
 def _offloading(module: nn.Module) -> list[Any]:
     hooks = getattr(hook_of(module), "hooks", (hook_of(module),))
     return [hook for hook in hooks if getattr(hook, "offload", False)]
+
+
+def is_symbolic() -> bool:
+    """Whether `torch.fx.symbolic_trace` is under way, which calls modules with symbols in the place of tensors."""
+    return _symbolic_trace._is_fx_tracing_flag and not is_compiling()
+
+
+def node_in_graph(host: nn.Module, found: str, args: Any, kwargs: Any) -> Proxy | None:
+    """The call of an adapted module as one node of fx's graph, for what adapters do depends on types and shapes; None
+    where no argument is a symbol."""
+    if isinstance(args, Proxy):
+        raise AdapterError(
+            f"torch.fx: the root, {found}, is adapted itself, and fx asks the root's own code for its arguments. "
+            "Trace a module that holds it, torch.nn.Sequential(model) for one."
+        )
+    symbols = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Proxy)]
+    if not symbols:
+        return None
+    name = symbols[0].tracer.path_of_module(host)
+    if host._forward_hooks or host._forward_pre_hooks or hook_of(host) is not None:
+        raise AdapterError(
+            f"{name}: this {found} is adapted and has hooks, which would run while torch.fx traces and again in the "
+            "graph. Take the hooks off first, or make it a leaf in a Tracer of your own (is_leaf_module)."
+        )
+    return symbols[0].tracer.create_proxy("call_module", name, args, kwargs)

@@ -14,7 +14,7 @@ from .._errors import AdapterError
 from .adapter import Adapter
 from .clone import without_overrides
 from .containers import methods_of_items
-from .foreign import FAST_PATHS, is_bound, place_of_forward, statistics_in
+from .foreign import FAST_PATHS, is_bound, is_symbolic, node_in_graph, place_of_forward, statistics_in
 from .row_groups import Rows
 from .rows import by_rows
 
@@ -114,6 +114,8 @@ def _forward_around(cls: Any) -> Callable[..., Any]:
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         adapters = self._modules["adapters"]
+        if is_symbolic() and (node := node_in_graph(self, cls.__name__, args, kwargs)) is not None:
+            return node
         selection = adapters.selection
         call = self.__dict__.get(_INNER) or super(Adapted, self).forward  # pyright: ignore[reportAttributeAccessIssue]
         if statistics is not None:
