@@ -901,9 +901,12 @@ def test_a_root_that_is_adapted_itself_is_refused_by_fx_and_serves_inside_anothe
     assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(model))(x), model(x))
 
 
+_TRACED = ("linear", "conv2d", "transposed2d-grouped", "embedding", "experts")
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")  # torch would rather have torch.export
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of checks that hold for every size
-@table([(kind, host) for kind, host in MAIN if host.name in ("linear", "conv2d", "transposed2d-grouped")])
+@table([(kind, host) for kind, host in MAIN if host.name in _TRACED])
 def test_traced_by_jit_it_serves_other_sizes(kind, host):
     model = adapted(kind, host).eval()
     (x,), _ = host.arguments()

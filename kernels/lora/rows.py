@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch._C import _is_any_autocast_enabled
 from torch.autograd import Function
-from torch.compiler import is_compiling
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from ..dispatch import apply, as_own_tensor, is_differentiated
+from ..dispatch import apply, as_own_tensor, is_differentiated, is_transformed
 from .reference import lora_term
 
 _DENSE = frozenset((Tensor, Parameter))
@@ -100,7 +99,7 @@ def serves_rows(x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> bool:
     Returns:
         bool: where it is false, call each pair's rows by themselves.
     """
-    if is_compiling() or _are_functorch_transforms_active() or _is_any_autocast_enabled():
+    if is_transformed() or _is_any_autocast_enabled():
         return False
     tensors = (x, weight, *factors)
     return {*map(type, tensors)} <= _DENSE and len({tensor.dtype for tensor in tensors}) == 1 and x.is_contiguous()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._C import DisableTorchFunctionSubclass, _are_functorch_transforms_active
+from torch._C import DisableTorchFunctionSubclass
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 
 from .._errors import AdapterError
 from ..kernels import dropped
-from ..kernels.dispatch import apply
+from ..kernels.dispatch import apply, is_transformed
 from .quantized import wraps_others
 
 Step = Callable[..., Tensor]  # of an input, L and R
@@ -287,7 +287,7 @@ def _standing(base: Tensor, changes: tuple[LowRank, ...]) -> LazyWeight:
         return TracedWeight(base, changes)
     factors = [factor for change in changes for factor in change.factors()]
     tracks = torch.is_grad_enabled() and any(each.requires_grad for each in (base, *factors))
-    if not tracks or _are_functorch_transforms_active():
+    if not tracks or is_transformed():
         return LazyTensor(base, changes, tracks)
     return apply(_Standing, changes, base, *factors)
 

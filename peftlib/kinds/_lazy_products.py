@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C import _are_functorch_transforms_active
 
 from .._core.lazy_weight import RULES, LazyWeight, Step
 from ..kernels import lora_linear
+from ..kernels.dispatch import is_transformed
 
 
 def rule_for(*names: str) -> Callable[[Any], Any]:
@@ -32,7 +32,7 @@ def is_right_of(x: Any, weight: Any) -> bool:
 
 def added(y: Tensor, weight: LazyWeight, x: Tensor, near: Step, far: Step, *others: Tensor) -> Tensor:
     """y plus what each change makes of x. In place where it may be: y is new, and no product keeps what it gave."""
-    add = torch.add if _are_functorch_transforms_active() else Tensor.add_
+    add = torch.add if is_transformed() else Tensor.add_
     for change in weight.changes:
         y = add(y, change.of(x, near, far, *others).to(y.dtype))
     return y
