@@ -21,6 +21,34 @@ FAST_PATHS: dict[type[nn.Module], tuple[str, object]] = {
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
 
+# Classes of others whose forward rescales weights inside it in place when their mode changes: the entry of their config
+# that says after how many blocks, and the list of the blocks.
+_RESCALING = {"RwkvModel": ("rescale_every", "blocks")}
+
+
+def require_steady(model: nn.Module, host_names: Iterable[str]) -> None:
+    """Where a forward rescales weights in place, what an adapter adds would have another scale in eval, and a copy
+    would be rescaled itself."""
+    if not any(map(_rescales, model.modules())):
+        return
+    for name, module in model.named_modules():
+        for host_name in host_names if _rescales(module) else ():
+            if f"{host_name}.".startswith(f"{name}.".lstrip(".")) or f"{name}.".startswith(f"{host_name}.".lstrip(".")):
+                every, _ = _RESCALING[type(module).__name__]
+                raise AdapterError(
+                    f"{host_name or 'the root'}: {type(module).__name__} rescales weights in place in eval, and back "
+                    f"in training, which adapters do not follow. Set config.{every} = 0 before its first call, then "
+                    "inject."
+                )
+
+
+def _rescales(module: Any) -> bool:
+    """Up to so many blocks the factor is one."""
+    if type(module).__name__ not in _RESCALING:
+        return False
+    every, blocks = _RESCALING[type(module).__name__]
+    return 0 < getattr(module.config, every, 0) < len(getattr(module, blocks))
+
 
 # Classes whose forward moves buffers in training, and one of these buffers.
 STATISTICS: dict[type[nn.Module], str] = {_NormBase: "running_mean", _SpectralNorm: "_u"}

@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from .._errors import AdapterError
 from .adapter import Adapter, full_config, takes_keyword
 from .clone import clone
-from .foreign import fast_paths_around, present
+from .foreign import fast_paths_around, present, require_steady
 from .freeze import freeze_base, statistics_held
 from .guesses import require_keywords, require_kind
 from .host import (
@@ -111,6 +111,7 @@ def inject(
 
 
 def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
+    require_steady(model, [item.host_name for item in placed])
     with all_or_nothing(model):
         selection = share_selection(model)
         for around in fast_paths_around(model, {id(item.host) for item in placed}):
@@ -154,6 +155,7 @@ def parts_to_inject(
     first_named = candidates(model)
     order = {id(module): position for position, (_, module) in enumerate(first_named)}
     chosen = [(name, module) for name, module in first_named if id(module) in hits]
+    require_steady(model, [name for name, _ in chosen])
     return sorted(_parts(model, chosen, Readers(named), kind, config), key=lambda part: order[id(part.host)])
 
 

@@ -31,6 +31,7 @@ from support.ecosystem import (
     same,
     tokens,
 )
+from support.refusals import refused as named_refusal
 from support.zoo import BY_NAME
 
 STEPS, BATCH = 6, 4
@@ -345,3 +346,32 @@ def test_the_trainer_checkpoints(column, tmp_path, quiet):
     assert model.is_gradient_checkpointing
     assert found == trained(expected, tmp_path / "other")
     assert same(adapter_state(model), adapter_state(expected))
+
+
+# Models that change their own weights
+
+
+def rwkv(blocks: int) -> Any:
+    sizes = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": blocks, "intermediate_size": 16}
+    return transformers.RwkvModel(transformers.RwkvConfig(**sizes, rescale_every=2))
+
+
+@pytest.mark.parametrize("target", ["blocks.0.attention.key", "blocks.3.attention", "blocks.3"])
+def test_a_model_that_rescales_its_weights_in_eval_is_refused_until_it_does_not(target):
+    model = rwkv(blocks=4)
+    for put_in in (peftlib.inject, peftlib.plan):
+        with named_refusal(model, target, "RwkvModel", "config.rescale_every"):
+            put_in(model, target, peftlib.Full)
+    model.config.rescale_every = 0
+    assert peftlib.inject(model, target, peftlib.Full)
+    assert peftlib.inject(rwkv(blocks=2), target.replace("3", "1"), peftlib.Full)
+
+
+def test_an_adapter_from_a_file_is_refused_where_weights_are_rescaled(tmp_path):
+    model, other = rwkv(blocks=4), rwkv(blocks=4)
+    model.config.rescale_every = 0
+    peftlib.inject(model, "blocks.3.attention.key", peftlib.LoRA, rank=2)
+    peftlib.save(model, tmp_path / "adapter.safetensors")
+    other.load_state_dict(base_state(model))
+    with named_refusal(other, "blocks.3.attention.key", "RwkvModel"):
+        peftlib.load(other, tmp_path / "adapter.safetensors")
