@@ -69,14 +69,15 @@ def eject(
         return None
     folded_before = _fold_for_good(model, selection, name)
     try:
-        _take_out(model, name, keep_buffers=True)
+        with all_or_nothing(model):  # the copies are among what it brings back, so that unmerge finds them
+            _take_out(model, name, keep_buffers=True)
+            selection.active = tuple(other for other in selection.active_before_merge if other in selection.count)
+            selection.merged = ()
+            forget_backups(model)
     except BaseException:
         if not folded_before:
             unmerge(model)
         raise
-    selection.active = tuple(other for other in selection.active_before_merge if other in selection.count)
-    selection.merged = ()
-    forget_backups(model)
     return None
 
 

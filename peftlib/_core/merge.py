@@ -84,12 +84,12 @@ def unmerge(model: nn.Module) -> None:
     try:
         for owner, leaf, _ in copies:
             _exchange(owner, leaf)
+        forget_backups(model)
     except BaseException:
         for owner, leaf, kept in copies:
             if id(owner.__dict__[_BACKUP][leaf]) != kept:
                 _exchange(owner, leaf)
         raise
-    forget_backups(model)
     selection.merged, selection.active = (), selection.active_before_merge
 
 
@@ -112,8 +112,8 @@ def base_weight(owner: nn.Module, leaf: str) -> Tensor:
 
 
 def forget_backups(model: nn.Module) -> None:
-    """Makes a merge final."""
-    for owner in model.modules():
+    """Makes a merge final. The walk is over before the first copy goes: all of them go, or none."""
+    for owner in [*model.modules()]:
         owner.__dict__.pop(_BACKUP, None)
 
 

@@ -98,13 +98,13 @@ def _is_ours(file: str) -> bool:
 
 def steps_of(make: Callable[[], Any], act: Callable[[Any], Any], part: int = 0, parts: int = 1) -> list[int]:
     """The steps of `act`, or a part of them, at which a fault may strike: the first call of each function, one in the
-    middle, and the last. The very last call is left out: it may clear up after work that is done."""
+    middle, and the last."""
     act(make())  # what is kept from then on is not found again
     model = make()
     with Steps() as steps:
         act(model)
     found: dict[CodeType, list[int]] = {}
-    for number, code in enumerate(steps.taken[:-1]):
+    for number, code in enumerate(steps.taken):
         found.setdefault(code, []).append(number)
     return sorted({each[k] for each in found.values() for k in (0, len(each) // 2, -1)})[part::parts]
 
