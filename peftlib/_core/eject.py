@@ -12,7 +12,7 @@ from .host import Selection, all_or_nothing, detach, parts, require_on_top, take
 from .inject import require_changeable
 from .merge import forget_backups, unmerge
 from .merge import merge as fold_in
-from .walk import hosts, require, require_no_views
+from .walk import base_modules, hosts, require, require_no_views
 
 
 @overload
@@ -118,7 +118,7 @@ def _take_out(model: nn.Module, name: str | None, *, keep_buffers: bool) -> None
         for host, adapter in leaving:
             take(host, adapter)
         adapted = {id(host) for _, host in hosts(model) if parts(host)}
-        needed = adapted | {id(around) for around in fast_paths_around(model, adapted)}
+        needed = adapted | {id(around) for around in fast_paths_around(base_modules(model), adapted)}
         if adapted:
             needed |= {id(module) for module in held_modules(model)}
         for host_name, host in [*hosts(model)]:

@@ -60,7 +60,7 @@ def statistics_in(cls: type) -> str | None:
 
 
 def keeps_statistics(module: nn.Module) -> bool:
-    leaf = statistics_in(type(module))
+    leaf = statistics_in(type(module)) if module._buffers else None
     return leaf is not None and module._buffers.get(leaf) is not None
 
 
@@ -90,9 +90,9 @@ def _asked(cache: Any, method: str) -> Any:
         return 0
 
 
-def fast_paths_around(model: nn.Module, adapted: set[int]) -> list[nn.Module]:
-    """The modules that could run around an adapted module inside them."""
-    fast = [module for module in model.modules() if isinstance(module, tuple(FAST_PATHS))]
+def fast_paths_around(modules: Iterable[nn.Module], adapted: set[int]) -> list[nn.Module]:
+    """Of these modules those that could run around an adapted module inside them."""
+    fast = [module for module in modules if isinstance(module, tuple(FAST_PATHS))]
     return [module for module in fast if any(id(inner) in adapted for inner in module.modules())]
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from .foreign import keeps_statistics
-from .host import BUFFERS, Selection, adapters_of, attach
+from .host import BUFFERS, Selection, attach
 from .merge import base_weight
-from .walk import candidates, hosts
+from .walk import base_modules, candidates, selections_of
 
 _FROZEN = "_peftlib_frozen"
 _LARGEST = 2**24  # bytes; what is larger is a table or a quantized weight, and copies of them would be a second model
@@ -19,15 +19,16 @@ _MOST_INTEGERS = 2**10  # counters, not codes
 def freeze_base(model: nn.Module, selection: Selection) -> None:
     """Remembers on each module which of its parameters trained, by name: others may replace the parameters; and its
     buffers, by value. What moves running statistics becomes a host, whose forward holds them."""
-    for name, module in [*candidates(model)]:
+    for name, module in candidates(model):
         on = tuple(leaf for leaf, p in module._parameters.items() if p is not None and p.requires_grad)
         if on:
             module.__dict__[_FROZEN] = (*module.__dict__.get(_FROZEN, ()), *on)
             for leaf in on:
                 module.get_parameter(leaf).requires_grad_(False)
-        kept = {leaf: buffer.detach().clone() for leaf, buffer in persistent_buffers(module) if _is_state(buffer)}
-        if kept or keeps_statistics(module):
-            module.__dict__.setdefault(BUFFERS, kept)
+        if BUFFERS not in module.__dict__:
+            kept = {leaf: buffer.detach().clone() for leaf, buffer in persistent_buffers(module) if _is_state(buffer)}
+            if kept or keeps_statistics(module):
+                module.__dict__[BUFFERS] = kept
         if keeps_statistics(module):
             attach(name, module, selection)
 
@@ -37,7 +38,7 @@ def unfreeze_base(model: nn.Module, *, keep_buffers: bool) -> None:
         with torch.no_grad():
             for _, module, leaf, kept in _moved(model):
                 module.get_buffer(leaf).copy_(kept)
-    for module in model.modules():
+    for module in base_modules(model):
         module.__dict__.pop(BUFFERS, None)
         for leaf in module.__dict__.pop(_FROZEN, ()):
             parameter = module._parameters.get(leaf)  # gone where something pruned, parametrized or packed it since
@@ -47,7 +48,7 @@ def unfreeze_base(model: nn.Module, *, keep_buffers: bool) -> None:
 
 def held_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Hosts that have no adapter of their own, perhaps, and hold their statistics while the model has some."""
-    return (module for module in model.modules() if BUFFERS in module.__dict__ and keeps_statistics(module))
+    return (module for module in base_modules(model) if BUFFERS in module.__dict__ and keeps_statistics(module))
 
 
 def moved_buffers(model: nn.Module) -> list[str]:
@@ -59,14 +60,14 @@ def moved_buffers(model: nn.Module) -> list[str]:
 
 def is_reloaded(model: nn.Module) -> bool:
     """Whether a checkpoint of the base was loaded since, so that what is remembered is that of another base."""
-    return any(adapters_of(host).selection.reloaded for _, host in hosts(model))
+    return any(selection.reloaded for selection in selections_of(model))
 
 
 @contextlib.contextmanager
 def statistics_held(model: nn.Module) -> Iterator[None]:
     """For what reads weights while the adapters that hold statistics are yet to come: to compute a parametrized weight
     may take a step of its power iteration."""
-    moving = [module for _, module in candidates(model) if keeps_statistics(module) and module.training]
+    moving = [module for module in base_modules(model) if module.training and keeps_statistics(module)]
     try:
         for module in moving:
             module.training = False

@@ -39,9 +39,7 @@ class Selection:
         self.load: tuple[list[str], list[str] | None] | None = None
         self.reloaded = False
 
-    def not_asked_for(
-        self, missing: list[str], given: list[str], prefix: str, own: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def not_asked_for(self, missing: list[str], given: bool, prefix: str, adapters: nn.Module) -> dict[str, Tensor]:
         """What one host's adapters take from themselves: all of it, until a key of any host's adapters is in the file.
 
         torch shows each module its own part of a file, and the list `missing` is one for the whole of a load."""
@@ -50,6 +48,7 @@ class Selection:
             missing += spared or ()
             self.load = missing, None
             return {}
+        own = adapters.state_dict(keep_vars=True)
         self.load = missing, [*spared, *(prefix + key for key in own)]
         return {prefix + key: tensor for key, tensor in own.items()}
 
@@ -62,9 +61,9 @@ class Adapters(nn.ModuleDict):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """A checkpoint of the base alone leaves the adapters as they are; one that has some must have all."""
         _, _, missing, *_ = rest
-        given = [key for key in state_dict if key.startswith(prefix)]
+        given = any(key.startswith(prefix) for key in state_dict)
         self.selection.reloaded = True
-        state_dict.update(self.selection.not_asked_for(missing, given, prefix, self.state_dict(keep_vars=True)))
+        state_dict.update(self.selection.not_asked_for(missing, given, prefix, self))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Any) -> Any:
@@ -294,10 +293,9 @@ def require_unwrapped(name: str, host: nn.Module) -> None:
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Puts classes, children, selections and `requires_grad` back as they were if the block raises."""
     before = [(module, type(module), dict(module.__dict__), dict(module._modules)) for module in model.modules()]
-    found = {id(s): s for module in model.modules() if is_host(module) for s in [adapters_of(module).selection]}
+    found = {id(s): s for module, *_ in before if is_host(module) for s in [adapters_of(module).selection]}
     selections = [(selection, dict(selection.__dict__), dict(selection.count)) for selection in found.values()]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    trained = [(p, p.requires_grad) for module, *_ in before for p in module._parameters.values() if p is not None]
     try:
         yield
     except BaseException:
@@ -310,8 +308,6 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
             module._modules.update(children)
         for selection, attributes, count in selections:
             selection.__dict__.update(attributes, count=count)
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        for parameter, on in trained:
+            parameter.requires_grad_(on)
         raise

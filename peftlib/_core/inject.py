@@ -1,5 +1,6 @@
 """Putting adapters into a model: which one goes where is decided before the model is touched, then all or nothing."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,6 @@ from .freeze import freeze_base, statistics_held
 from .guesses import require_keywords, require_kind
 from .host import (
     Adapters,
-    adapters_of,
     all_or_nothing,
     attach,
     is_host,
@@ -26,12 +26,13 @@ from .readers import Readers
 from .targets import Targets, select
 from .walk import (
     adapters,
+    base_modules,
     candidates,
-    hosts,
     require_no_views,
     require_one_copy,
     require_unmerged,
     require_unrouted,
+    selections_of,
     share_selection,
 )
 
@@ -114,7 +115,7 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
     require_steady(model, [item.host_name for item in placed])
     with all_or_nothing(model):
         selection = share_selection(model)
-        for around in fast_paths_around(model, {id(item.host) for item in placed}):
+        for around in fast_paths_around(base_modules(model), {id(item.host) for item in placed}):
             attach(type(around).__name__, around, selection)
         for host_name, host, adapter in placed:
             attach(host_name, host, selection)
@@ -129,7 +130,7 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
 def require_changeable(model: nn.Module, doing: str) -> None:
     """Adapters come and go only while the base is unmerged and the model has one face."""
     require_uncompiled(model, doing)
-    for selection in {id(s): s for _, host in hosts(model) for s in [adapters_of(host).selection]}.values():
+    for selection in selections_of(model):
         require_no_views(selection, doing)
         require_unmerged(selection, doing)
         require_unrouted(selection, doing)
@@ -151,10 +152,12 @@ def parts_to_inject(
     require_keywords(kind, seed_in(kind, config)[1])
     require_uncompiled(model, "inject")
     named = candidates(model, aliases=True)
-    hits = {id(module): module for _, module in select(named, targets, exclude)}
-    first_named = candidates(model)
-    order = {id(module): position for position, (_, module) in enumerate(first_named)}
-    chosen = [(name, module) for name, module in first_named if id(module) in hits]
+    hits = {id(module) for _, module in select(named, targets, exclude)}
+    first_named: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in named:
+        first_named.setdefault(id(module), (name, module))
+    order = {key: position for position, key in enumerate(first_named)}
+    chosen = [item for key, item in first_named.items() if key in hits]
     require_steady(model, [name for name, _ in chosen])
     return sorted(_parts(model, chosen, Readers(named), kind, config), key=lambda part: order[id(part.host)])
 
@@ -248,8 +251,11 @@ def require_adaptable(name: str, host: nn.Module) -> None:
 def require_free(model: nn.Module, placed: list[Placed]) -> None:
     """The tensors of one name have distinct keys in its file: what is there twice would be saved once."""
     taken: dict[tuple[str, str], str] = {}
+    here = {item.host_name for item in placed}
+    around = {above for host_name in here for above in _around(host_name)}
     for host_name, name, adapter in adapters(model):
-        taken.update({(name, key): type(adapter).__name__ for key in _keys(host_name, adapter)})
+        if host_name in around or not here.isdisjoint(_around(host_name)):  # others share no key with these
+            taken.update({(name, key): type(adapter).__name__ for key in _keys(host_name, adapter)})
     for host_name, _, adapter in placed:
         own = {(adapter.name, key): type(adapter).__name__ for key in _keys(host_name, adapter)}
         for name, key in sorted(own.keys() & taken.keys()):
@@ -258,6 +264,11 @@ def require_free(model: nn.Module, placed: list[Placed]) -> None:
                 "Eject it, or inject under another name."
             )
         taken |= own
+
+
+def _around(host_name: str) -> list[str]:
+    """The root, what the host is in, and the host."""
+    return ["", *itertools.accumulate(host_name.split("."), "{}.{}".format)]
 
 
 def _keys(host_name: str, adapter: Adapter) -> list[str]:

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,10 +29,14 @@ def select(candidates: Sequence[Named], targets: Targets, exclude: Targets = ())
 
 def _matches(candidates: Sequence[Named], targets: Targets, where: str) -> list[Named]:
     hits: set[int] = set()
+    by_ending = _by_ending(candidates) if any(map(_is_name, _as_list(targets, where))) else {}
     for target in _as_list(targets, where):
         _require_target(target, candidates, where)
-        test = _test(target, where)
-        found = {id(module) for name, module in candidates if test(name, module)}
+        if _is_name(target):
+            found = by_ending.get(target, set[int]())
+        else:
+            test = _test(target, where)
+            found = {id(module) for name, module in candidates if test(name, module)}
         if not found:
             raise AdapterError(f"{where}: {_describe(target)}. {_advice(target, candidates)}")
         hits |= found
@@ -72,6 +77,19 @@ def _test(target: Any, where: str) -> Callable[[str, nn.Module], bool]:
     if callable(target):
         return lambda name, module: bool(target(name, module))
     raise TypeError(f"{where}: expected a glob, a module type or a predicate(name, module), found {target!r}")
+
+
+def _is_name(target: Any) -> bool:
+    return isinstance(target, str) and not any(sign in target for sign in "^*?[")
+
+
+def _by_ending(candidates: Sequence[Named]) -> dict[Any, set[int]]:
+    """What each name without wildcards matches, so that a list of all names costs one walk, and not one a name."""
+    found: dict[Any, set[int]] = {}
+    for name, module in candidates:
+        for ending in itertools.accumulate(reversed(name.split(".")), lambda ending, leaf: f"{leaf}.{ending}"):
+            found.setdefault(ending, set()).add(id(module))
+    return found
 
 
 def _glob(pattern: str) -> Callable[[str], re.Match[str] | None]:

@@ -42,16 +42,16 @@ def rebuilt(model: nn.Module, header: Header, name: str, path: Path) -> Iterator
             f"{os.fspath(path)}: made for another model: {some(absent)} not in {type(model).__name__}. "
             "Load it onto its own base."
         )
-    size = os.path.getsize(path)
+    size, sound = os.path.getsize(path), set[int]()
     for host_name, positions in header["hosts"].items():
         _require_called(readers, host_name, by_name[host_name], os.fspath(path))
-        for one in (header["configs"][at] for at in positions):
+        for at in positions:
+            one = header["configs"][at]
             kind, where = _kind(one["kind"], os.fspath(path)), f"{os.fspath(path)}: {host_name or 'the root'}"
             try:
-                seed, keywords = seed_in(kind, one["config"])
-                require_keywords(kind, keywords)
-                if seed is not None:
-                    require_seed(seed)
+                if at not in sound:
+                    _require_sound(kind, one["config"])
+                    sound.add(at)
                 part = Part(host_name, by_name[host_name], kind, one["config"])
                 placed = _within(size, part, name, on_meta=True)
             except _REFUSALS as error:
@@ -60,6 +60,13 @@ def rebuilt(model: nn.Module, header: Header, name: str, path: Path) -> Iterator
                     f"{where}: {kind.__name__} refuses its configuration ({reason}). Save it again from its model."
                 ) from None
             yield placed
+
+
+def _require_sound(kind: type[Adapter], config: dict[str, Any]) -> None:
+    seed, keywords = seed_in(kind, config)
+    require_keywords(kind, keywords)
+    if seed is not None:
+        require_seed(seed)
 
 
 def _kind(name: str, path: str) -> type[Adapter]:

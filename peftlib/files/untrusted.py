@@ -78,7 +78,9 @@ class Bounded(TorchDispatchMode):
 
 
 def _is_on_meta(args: Any, kwargs: Any) -> bool:
-    device = args[0].device if args and isinstance(args[0], Tensor) else kwargs.get("device")
+    device = kwargs.get("device")
+    if device is None and args and isinstance(args[0], Tensor):
+        device = args[0].device
     return device is not None and torch.device(device).type == "meta"
 
 
