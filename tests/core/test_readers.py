@@ -470,7 +470,6 @@ def parametrized() -> nn.Module:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], str]] = {
     "no merged weight": (Passed, Bottleneck, {"width": 2}, "Bottleneck"),
     "a kind of one's own without a path": (Passed, Gain, {}, "Gain"),
-    "dropout, where there is no input": (Passed, LoRA, {"dropout": 0.1}, "dropout"),
     "a parametrized weight": (parametrized, LoRA, {}, r"fc\.weight"),
     "a parametrized weight, scaled": (parametrized, IA3, {}, r"fc\.weight"),
     "a weight that changes in place": (Changing, LoRA, {}, r"fc: Changing .*mul_"),
@@ -485,3 +484,16 @@ def test_what_would_not_act_is_refused(make, kind, config, named):
         peftlib.inject(model, "fc", kind, **config)
     assert not changes(before, model)
     assert base_bits(model) == bits
+
+
+def test_dropout_acts_on_the_input_that_a_reading_shows():
+    """The mean over n masks is the output without dropout, off by at most 6 standard errors of that mean."""
+    model, x = made(Passed)
+    peftlib.inject(model, "fc", LoRA, rank=2, dropout=0.4)
+    moved(model)
+    expected = model.eval()(x).detach()
+    model.train()
+    draws = torch.stack([model(x).detach() for _ in range(1000)])
+    assert (draws[0] - draws[1]).abs().max() > 0.01
+    error = draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - expected).abs() <= 6 * error + 1e-12).all()
