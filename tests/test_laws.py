@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -838,8 +839,8 @@ def _differentiated_forward(model: nn.Module, host: Host) -> tuple[list[Tensor],
         pairs = [forward_ad.unpack_dual(output) for output in outputs]
         back = torch.autograd.grad(outputs, [*inputs, *own.values()], cotangents(outputs), allow_unused=True)
         back = [None if each is None else forward_ad.unpack_dual(each).primal for each in back]
-    forward = sum((g * pair.tangent).sum().item() for g, pair in zip(cotangents(outputs), pairs, strict=True))
-    backward = sum((g * t).sum().item() for g, t in zip(back, tangents, strict=True) if g is not None)
+    forward = math.fsum((g * pair.tangent).sum().item() for g, pair in zip(cotangents(outputs), pairs, strict=True))
+    backward = math.fsum((g * t).sum().item() for g, t in zip(back, tangents, strict=True) if g is not None)
     return [pair.primal for pair in pairs], [pair.tangent for pair in pairs], forward, backward
 
 

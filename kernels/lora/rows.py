@@ -18,8 +18,13 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Segments:
-    """The rows of a batch sorted by pair: how many each has, the scale of its pair or None where there is none, and
-    the order that sorts them and the one that undoes it, both None where the batch is sorted.
+    """The rows of a batch sorted by pair.
+
+    Args:
+        counts: how many rows each pair has.
+        scales: the scale of each pair, None where its rows have none.
+        order: [rows], what sorts the batch; default it is sorted.
+        back: [rows], what undoes that.
 
     Example:
         >>> order = torch.tensor([2, 0, 1])

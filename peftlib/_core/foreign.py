@@ -159,7 +159,8 @@ def node_in_graph(host: nn.Module, found: str, args: Any, kwargs: Any) -> Proxy 
     symbols = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Proxy)]
     if not symbols:
         return None
-    name = symbols[0].tracer.path_of_module(host)
+    tracer: Any = symbols[0].tracer
+    name = tracer.path_of_module(host)
     if host._forward_hooks or host._forward_pre_hooks or hook_of(host) is not None:
         raise AdapterError(
             f"{name}: this {found} is adapted and has hooks, which would run while torch.fx traces and again in the "

@@ -80,7 +80,8 @@ def statistics_held(model: nn.Module) -> Iterator[None]:
 def _moved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     for name, module in candidates(model):
         for leaf, kept in module.__dict__.get(BUFFERS, {}).items():
-            if module._buffers.get(leaf) is None or module._buffers[leaf].is_meta:
+            buffer = module._buffers.get(leaf)
+            if buffer is None or buffer.is_meta:
                 continue
             found = base_weight(module, leaf)
             if not torch.equal(kept.to(found), found):

@@ -193,7 +193,7 @@ class LazyTensor(LazyWeight, Tensor):
         return self
 
     def __init__(self, *_: Any) -> None:
-        """`__new__` has done it: Tensor has no __init__ to call."""
+        pass  # Tensor has no __init__ to call, and LazyWeight's is done in __new__
 
     def like(self, base: Tensor, changes: tuple[LowRank, ...]) -> LazyWeight:
         part = LazyTensor(base, changes, self.tracks and torch.is_grad_enabled())

@@ -35,10 +35,10 @@ class Readers:
     """Of one model the children that are read where they are not called, and the host of each.
 
     The host is the innermost module inside which every call and every reading of the child takes place: while it runs,
-    with the child's merged weight in place, both find that weight."""
+    with the child's merged weight in place, both find that weight. It is made of the model's modules under all their
+    names."""
 
     def __init__(self, named: Sequence[tuple[str, nn.Module]]) -> None:
-        """Takes the model's modules under all their names."""
         self._sites: dict[int, Site] = {}
         self._sites_of_whole: dict[int, Site] = {}
         self._changed: dict[int, str] = {}

@@ -13,10 +13,10 @@ from peftlib import Bottleneck, Full, LoRA
 class Skipping(nn.Sequential):
     """Reads itself as a list: all but the last item, then the last one."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         for module in self[:-1]:
-            x = module(x)
-        return self[-1](x) * len(self)
+            input = module(input)
+        return self[-1](input) * len(self)
 
 
 class Dense(nn.ModuleDict):
