@@ -187,6 +187,37 @@ def test_merge_fails_at_each_step():
     assert fail_at_every_step(lambda: adapted(small), peftlib.merge, 0, 2) >= 50
 
 
+def merged_model() -> Any:
+    model = adapted(small)
+    peftlib.merge(model)
+    return model
+
+
+FOR_GOOD = {
+    "eject, merged": (merged_model, lambda m: peftlib.eject(m, merge=True)),
+    "eject, unmerged": (lambda: adapted(small), lambda m: peftlib.eject(m, merge=True)),
+    "eject of one": (lambda: adapted(small), lambda m: peftlib.eject(m, "a", merge=True)),
+}
+
+
+@pytest.mark.parametrize(("make", "act"), FOR_GOOD.values(), ids=FOR_GOOD)
+def test_eject_of_what_is_merged_fails_at_each_step_to_the_last(make, act):
+    assert fail_at_every_step(make, act) >= 10
+
+
+def test_unmerge_fails_at_each_step_to_the_last():
+    """Which of two equal tensors holds a copy then is not looked at."""
+    plain = base_bits(adapted(small))
+    for step in steps_of(merged_model, peftlib.unmerge):
+        model = merged_model()
+        before = base_bits(model)
+        with Steps(step), pytest.raises(Fault):
+            peftlib.unmerge(model)
+        assert base_bits(model) == before != plain
+        peftlib.unmerge(model)
+        assert base_bits(model) == plain
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_merge_fails_at_each_weight_in_half_precision(dtype):
     assert fail_at_every_call(lambda: adapted().to(dtype), peftlib.merge, torch.Tensor, "copy_", late=True) >= 9
