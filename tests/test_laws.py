@@ -841,7 +841,8 @@ def _differentiated_forward(model: nn.Module, host: Host) -> tuple[list[Tensor],
         back = [None if each is None else forward_ad.unpack_dual(each).primal for each in back]
     forward = math.fsum((g * pair.tangent).sum().item() for g, pair in zip(cotangents(outputs), pairs, strict=True))
     backward = math.fsum((g * t).sum().item() for g, t in zip(back, tangents, strict=True) if g is not None)
-    return [pair.primal for pair in pairs], [pair.tangent for pair in pairs], forward, backward
+    changes: list[Any] = [pair.tangent for pair in pairs]
+    return [pair.primal for pair in pairs], changes, forward, backward
 
 
 # Hosts that torch differentiates forward; in backward these two change the gradient of their table on purpose.

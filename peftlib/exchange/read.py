@@ -75,7 +75,7 @@ def load(
     dialect, whole = dialect_of(layout, DIALECTS), Modules(model)
     with _opened(source) as found:
         if dialect.says_alpha == (alpha is not None):
-            said = "says alpha itself, so leave alpha out" if alpha is not None else "does not say alpha. Pass alpha"
+            said = "says alpha itself. Leave alpha out" if alpha is not None else "does not say alpha. Pass alpha"
             raise AdapterError(f"{found.where}: a file of {layout} {said}.")
         left, parts = dict(found.shapes), list[Part]()
         for component, path in components_of(dialect, components).items():

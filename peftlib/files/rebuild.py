@@ -1,5 +1,6 @@
 """What a file says, rebuilt beside a model, or refused before the model is touched."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -42,31 +43,38 @@ def rebuilt(model: nn.Module, header: Header, name: str, path: Path) -> Iterator
             f"{os.fspath(path)}: made for another model: {some(absent)} not in {type(model).__name__}. "
             "Load it onto its own base."
         )
-    size, sound = os.path.getsize(path), set[int]()
+    size, checked = os.path.getsize(path), set[int]()
     for host_name, positions in header["hosts"].items():
         _require_called(readers, host_name, by_name[host_name], os.fspath(path))
         for at in positions:
             one = header["configs"][at]
             kind, where = _kind(one["kind"], os.fspath(path)), f"{os.fspath(path)}: {host_name or 'the root'}"
-            try:
-                if at not in sound:
-                    _require_sound(kind, one["config"])
-                    sound.add(at)
+            with _refusals_named(where, kind):
+                if at not in checked:
+                    _check_keywords(kind, one["config"])
+                    checked.add(at)
                 part = Part(host_name, by_name[host_name], kind, one["config"])
                 placed = _within(size, part, name, on_meta=True)
-            except _REFUSALS as error:
-                reason = shown(str(error).partition("\n")[0])
-                raise AdapterError(
-                    f"{where}: {kind.__name__} refuses its configuration ({reason}). Save it again from its model."
-                ) from None
             yield placed
 
 
-def _require_sound(kind: type[Adapter], config: dict[str, Any]) -> None:
+def _check_keywords(kind: type[Adapter], config: dict[str, Any]) -> None:
     seed, keywords = seed_in(kind, config)
     require_keywords(kind, keywords)
     if seed is not None:
         require_seed(seed)
+
+
+@contextlib.contextmanager
+def _refusals_named(where: str, kind: type[Adapter]) -> Iterator[None]:
+    """Whatever a constructor makes of a file's keywords, the reader learns which file and which host."""
+    try:
+        yield
+    except _REFUSALS as error:
+        reason = shown(str(error).partition("\n")[0])
+        raise AdapterError(
+            f"{where}: {kind.__name__} refuses its configuration ({reason}). Save it again from its model."
+        ) from None
 
 
 def _kind(name: str, path: str) -> type[Adapter]:
@@ -123,16 +131,17 @@ def fill(placed: list[Placed], tensor_of: Callable[[str], Tensor], path: str) ->
             state = {inner: tensor.to(device) for inner, tensor in state.items()}
         item.adapter.load_state_dict(state, assign=True)
         if device.type != "meta":
-            _complete(item)
+            _complete(item, path)
 
 
-def _complete(item: Placed) -> None:
+def _complete(item: Placed, file: str) -> None:
     """Tensors that are not in the file, non-persistent buffers, are those of an adapter made on the real host."""
     made: Adapter | None = None
     for path, module in item.adapter.named_modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
-                made = made or _made_on_host(item)
+                with _refusals_named(f"{file}: {item.host_name or 'the root'}", type(item.adapter)):
+                    made = made or _made_on_host(item)
                 module._buffers[leaf] = made.get_submodule(path)._buffers[leaf]
 
 

@@ -29,7 +29,8 @@ class Prefix(Adapter):
 
     P_K is `prefix_key` [heads, length, head_dim], P_V `prefix_value`. They have no position, every query sees them
     whatever the mask says, and no cache holds them. With `gate`, as in LLaMA-Adapter (Zhang et al. 2023), they have a
-    softmax of their own, and inserting changes nothing:
+    softmax of their own, and inserting changes nothing (in eval torch's `MultiheadAttention` has a fused path for
+    itself alone, which rounds otherwise: there the last bits may differ):
 
     .. math:: \mathrm{softmax}(s\,Q K^\top + M)\,V + \tanh(g)\,\mathrm{softmax}(s\,Q P_K^\top)\,P_V, \qquad g = 0
         \text{ at the start}
