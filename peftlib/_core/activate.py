@@ -107,7 +107,7 @@ def train_only(model: M, *names: str) -> Undo[M]:
 
 
 def view(model: M, *names: str) -> M:
-    """A second face of the model: the same parameters and buffers, with a selection of its own.
+    """A view of the model: the same parameters and buffers, with a selection of its own.
 
     Threads, or compiled graphs, can so hold different adapters of one base at the same time. While a view is alive,
     inject, load, merge, unmerge and eject are refused on the model, and always through the view itself.

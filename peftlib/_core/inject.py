@@ -128,7 +128,7 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
 
 
 def require_changeable(model: nn.Module, doing: str) -> None:
-    """Adapters come and go only while the base is unmerged and the model has one face."""
+    """Adapters come and go only while the base is unmerged and no view of the model is alive."""
     require_uncompiled(model, doing)
     for selection in selections_of(model):
         require_no_views(selection, doing)

@@ -59,7 +59,7 @@ def folded_by_host(model: nn.Module, names: Container[str]) -> Iterator[tuple[nn
 
 
 def _fold(host_name: str, host: nn.Module, names: Container[str], start: list[Folded]) -> list[Folded]:
-    """Each fold reads what the one before it gave, on a scratch face of the host."""
+    """Each fold reads what the one before it gave, on a scratch clone of the host."""
     if is_offloaded(host):
         raise AdapterError(
             f"cannot merge into {host_name or 'the root'}: accelerate keeps its weights in memory or on disk between "

@@ -209,7 +209,7 @@ def remember_view(original: Selection, view: Selection) -> None:
 
 
 def require_no_views(selection: Selection, doing: str) -> None:
-    """What changes modules or weights is seen by every face of a model, so it waits until there is one."""
+    """What changes modules or weights is seen by every view of a model, so it waits until there is none."""
     with _one_thread:
         is_view = any(selection in views for views in _views.values())
     if is_view:

@@ -75,7 +75,9 @@ class Config:
 
 
 @pytest.mark.parametrize(
-    ("kind", "meant"), [("lora", "peftlib.LoRA"), ("IA3", "peftlib.IA3"), (Config(), "peftlib.hf.inject")], ids=str
+    ("kind", "meant"),
+    [("lora", "peftlib.LoRA"), ("IA3", "peftlib.IA3"), (Config(), "peftlib.hf.inject")],
+    ids=["lora", "IA3", "a configuration"],
 )
 def test_what_is_no_class_is_told_which_class_it_is(kind, meant):
     model = linears()
