@@ -139,7 +139,8 @@ def device_of(host: nn.Module) -> torch.device:
 
 
 def _offloading(module: nn.Module) -> list[Any]:
-    hooks = getattr(hook_of(module), "hooks", (hook_of(module),))
+    hook = hook_of(module)
+    hooks = () if hook is None else getattr(hook, "hooks", (hook,))
     return [hook for hook in hooks if getattr(hook, "offload", False)]
 
 

@@ -11,7 +11,17 @@ from .._errors import AdapterError
 from .adapter import can_be_merged
 from .host import Adapters, Selection
 from .merged_weights import Folded, folded_by_host
-from .walk import adapters, hosts, require, require_no_views, require_one_copy, require_unmerged, require_unrouted
+from .swap import can_swap, swap, trade
+from .walk import (
+    adapters,
+    base_modules,
+    hosts,
+    require,
+    require_no_views,
+    require_one_copy,
+    require_unmerged,
+    require_unrouted,
+)
 
 _BACKUP = "_peftlib_backup"
 
@@ -48,10 +58,8 @@ def merge(model: nn.Module, *names: str, backup: str = "device") -> None:
         with torch.no_grad():
             for _, items in folded_by_host(model, names):
                 for item in items:
-                    rounded, kept = item.rounded(), item.base
-                    kept = kept.clone() if backup == "device" else kept.to("cpu", copy=True)
-                    written.append((item.owner, item.leaf, kept))
-                    item.base.copy_(rounded)
+                    keep_on = item.base.device if backup == "device" else "cpu"
+                    written.append((item.owner, item.leaf, trade(item.base, item.rounded(), keep_on)))
     except BaseException:
         _restore(written)
         raise
@@ -80,7 +88,7 @@ def unmerge(model: nn.Module) -> None:
     require_no_views(selection, "unmerge")
     if not selection.merged:
         raise AdapterError(f"unmerge: {type(model).__name__} is not merged. Call merge first.")
-    copies = [(o, leaf, id(kept)) for o in model.modules() for leaf, kept in o.__dict__.get(_BACKUP, {}).items()]
+    copies = [(o, leaf, id(kept)) for o in base_modules(model) for leaf, kept in o.__dict__.get(_BACKUP, {}).items()]
     try:
         for owner, leaf, _ in copies:
             _exchange(owner, leaf)
@@ -93,17 +101,10 @@ def unmerge(model: nn.Module) -> None:
     selection.merged, selection.active = (), selection.active_before_merge
 
 
-@torch.no_grad()
 def _exchange(owner: nn.Module, leaf: str) -> None:
-    """A weight and its copy trade values, so that a failure further on can trade back; a failure here changes none."""
-    weight, kept = getattr(owner, leaf), owner.__dict__[_BACKUP][leaf]
-    held = weight.to(kept.device, copy=True)
-    try:
-        weight.copy_(kept)
-    except BaseException:
-        weight.copy_(held)
-        raise
-    owner.__dict__[_BACKUP][leaf] = held
+    """A weight and its copy trade values, so that a failure further on can trade back."""
+    kept = owner.__dict__[_BACKUP]
+    kept[leaf] = trade(getattr(owner, leaf), kept[leaf], kept[leaf].device)
 
 
 def base_weight(owner: nn.Module, leaf: str) -> Tensor:
@@ -113,7 +114,7 @@ def base_weight(owner: nn.Module, leaf: str) -> Tensor:
 
 def forget_backups(model: nn.Module) -> None:
     """Makes a merge final. The walk is over before the first copy goes: all of them go, or none."""
-    for owner in [*model.modules()]:
+    for owner in [*base_modules(model)]:
         owner.__dict__.pop(_BACKUP, None)
 
 
@@ -232,4 +233,8 @@ def _ready_to_fold(
 def _restore(written: list[tuple[nn.Module, str, Tensor]]) -> None:
     with torch.no_grad():
         for owner, leaf, kept in reversed(written):
-            getattr(owner, leaf).copy_(kept)
+            weight = getattr(owner, leaf)
+            if can_swap(weight, kept):
+                swap(weight, kept)
+            else:
+                weight.copy_(kept)

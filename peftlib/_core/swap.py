@@ -1,0 +1,57 @@
+"""A weight trades values with another tensor: their storages where nobody could tell, else by copies, in place."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_use_count: Any = getattr(torch._C, "_storage_Use_Count", None)  # private, so copies where there is none
+_ITS_OWN = 2  # the tensor, and the object by which the storage is asked
+
+
+@torch.no_grad()
+def trade(weight: Tensor, other: Tensor, keep_on: torch.device | str) -> Tensor:
+    """Gives the weight the values of `other`, and returns what holds those that it had; a failure changes neither.
+
+    Whoever reads a weight by its address would go on reading the old storage: a captured CUDA graph, another process,
+    a view, an array of numpy. So storages are swapped only on a CPU, where the weight alone uses an unshared one. The
+    version goes up either way: a graph that saved the weight raises in its backward, and computes nothing wrong."""
+    if can_swap(weight, other):
+        held = weight.data
+        swap(weight, other)
+        return held
+    held = weight.to(keep_on, copy=True)
+    try:
+        weight.copy_(other)
+    except BaseException:
+        weight.copy_(held)
+        raise
+    return held
+
+
+def swap(weight: Tensor, other: Tensor) -> None:
+    weight.data = other
+    torch.autograd.graph.increment_version(weight)
+
+
+def can_swap(weight: Tensor, other: Tensor) -> bool:
+    return is_lone(weight, other) and _is_ordinary(other) and not other.is_shared()
+
+
+def is_lone(tensor: Tensor, like: Tensor) -> bool:
+    """Whether its storage is one of this process, in which nothing else lies that torch knows, and is laid out like
+    this one. What `from_numpy` and others made of memory that is not torch's cannot be resized."""
+    if not (_is_ordinary(tensor) and _layout(tensor) == _layout(like)):
+        return False
+    storage = tensor.untyped_storage()
+    alone = _use_count is not None and _use_count(storage._cdata) == _ITS_OWN
+    return alone and storage.resizable() and storage.nbytes() == tensor.nbytes and not storage.is_shared()
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return plain and tensor.device.type == "cpu" and not tensor.is_inference()
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
