@@ -26,7 +26,7 @@ class Probe(NamedTuple):
     def error(self) -> float:
         """How far the host is from it now, relative to its size, in the Frobenius norm."""
         host: Any = self.host
-        with full_precision(host):
+        with full_precision([host]):
             found = F.linear(self.x.float(), host.weight, host.bias)
         size = self.y.float().norm().clamp_min(torch.finfo(torch.float32).tiny)
         return ((found - self.y.float()).norm() / size).item()
@@ -40,7 +40,7 @@ def dequantize_linears(model: nn.Module, names: tuple[str, ...]) -> dict[str, Pr
     probes: dict[str, Probe] = {}
     for name, host in quantized:
         require_unwrapped(name, host)
-        with full_precision(host):
+        with full_precision([host]):
             probes[name] = _probe(host, names)
             replace_class(host, _plain(host))
     return probes

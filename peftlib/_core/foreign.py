@@ -126,7 +126,11 @@ def present(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def is_offloaded(host: nn.Module) -> bool:
-    return any(_offloading(module) for module in host.modules())
+    return any(map(is_offloading, host.modules()))
+
+
+def is_offloading(module: nn.Module) -> bool:
+    return "_hf_hook" in module.__dict__ and bool(_offloading(module))
 
 
 def device_of(host: nn.Module) -> torch.device:
@@ -139,8 +143,7 @@ def device_of(host: nn.Module) -> torch.device:
 
 
 def _offloading(module: nn.Module) -> list[Any]:
-    hook = hook_of(module)
-    hooks = () if hook is None else getattr(hook, "hooks", (hook,))
+    hooks = getattr(hook_of(module), "hooks", (hook_of(module),))
     return [hook for hook in hooks if getattr(hook, "offload", False)]
 
 

@@ -101,6 +101,7 @@ def unmerge(model: nn.Module) -> None:
     selection.merged, selection.active = (), selection.active_before_merge
 
 
+@torch.no_grad()
 def _exchange(owner: nn.Module, leaf: str) -> None:
     """A weight and its copy trade values, so that a failure further on can trade back."""
     kept = owner.__dict__[_BACKUP]

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from .._errors import AdapterError
 from .adapter import Adapter, fold_all
 from .clone import without_overrides
-from .foreign import is_offloaded
-from .host import parts
+from .foreign import is_offloading
+from .host import is_host, parts
 from .override import compute_from_attributes, overridden, owner_of
 from .quantized import quantized_as
 from .swap import is_lone
-from .walk import all_hosts, base_modules, candidates, hosts
+from .walk import base_modules, candidates, hosts
 
 
 @dataclass
@@ -73,31 +73,33 @@ def folded_by_host(model: nn.Module, names: Container[str]) -> Iterator[tuple[nn
     for host_name, host in hosts(model):
         if not parts(host, names):
             continue
-        inside = {id(module) for module in base_modules(host)}
+        modules = [*base_modules(host)]
+        inside = set(map(id, modules))
         start = [item for item in pending if id(item.owner) in inside]
-        items = _fold(host_name, host, names, start)
+        items = _fold(host_name, modules, names, start)
         _refuse_shared(items, owners, host)
-        again = _changed_inside(host, names)
+        again = _changed_inside(modules, names)
         pending = [item for item in pending if id(item.owner) not in inside]
         pending += [item for item in items if id(item.owner) in again]
         yield host, _unique(item for item in items if id(item.owner) not in again)
 
 
-def _fold(host_name: str, host: nn.Module, names: Container[str], start: list[Folded]) -> list[Folded]:
-    """Each fold reads what the one before it gave, on a stand-in for the host."""
-    if is_offloaded(host):
+def _fold(host_name: str, modules: list[nn.Module], names: Container[str], start: list[Folded]) -> list[Folded]:
+    """Each fold reads what the one before it gave, on a stand-in for the host, which is the first of these modules."""
+    host = modules[0]
+    if any(map(is_offloading, modules)):
         raise AdapterError(
             f"cannot merge into {host_name or 'the root'}: accelerate keeps its weights in memory or on disk between "
             "calls. Merge before the model is offloaded, or take the hooks off first (remove_hook_from_module)."
         )
-    scratch = _stand_in(host)
+    scratch = _stand_in(modules)
     paths = {id(module): path for path, module in host.named_modules()} if start else {}
     values = {f"{paths[id(item.owner)]}.{item.leaf}".lstrip("."): item.value for item in start}
     folding = parts(host, names)
     for adapter in folding:
         _require_finite(host_name, adapter)
     try:
-        with overridden(scratch, values), full_precision(scratch):
+        with overridden(scratch, values), full_precision(modules):
             values |= fold_all(scratch, folding)
     except (RuntimeError, TypeError):  # a quantized weight does arithmetic in ways of its own, or not at all
         for leaf, _ in scratch.named_parameters(recurse=False):
@@ -106,11 +108,11 @@ def _fold(host_name: str, host: nn.Module, names: Container[str], start: list[Fo
     return [_item(host_name, host, path, value) for path, value in values.items()]
 
 
-def _stand_in(host: nn.Module) -> nn.Module:
-    """Other module objects that share all that the host's have, adapters too: weights are overridden there, where no
-    call in another thread reads them, and what such a call overrides meanwhile is left out."""
+def _stand_in(modules: list[nn.Module]) -> nn.Module:
+    """Other module objects that share all that these have, adapters too: weights are overridden there, where no call
+    in another thread reads them, and what such a call overrides meanwhile is left out."""
     made: dict[int, Any] = {}
-    for module in base_modules(host):
+    for module in modules:
         other = made[id(module)] = object.__new__(type(module))
         other.__dict__.update(without_overrides(module, vars(module)))
         if isinstance(other, nn.RNNBase):
@@ -118,14 +120,14 @@ def _stand_in(host: nn.Module) -> nn.Module:
     for other in made.values():
         children = other._modules.items()
         other.__dict__["_modules"] = {name: made.get(id(child), child) for name, child in children}
-    return made[id(host)]
+    return made[id(modules[0])]
 
 
 @contextlib.contextmanager
-def full_precision(host: nn.Module) -> Iterator[None]:
+def full_precision(modules: list[nn.Module]) -> Iterator[None]:
     """Autocast would take the products in half precision."""
+    own = [tensor for module in modules for tensor in module._parameters.values() if tensor is not None]
     with contextlib.ExitStack() as stack:
-        own = (tensor for module in base_modules(host) for tensor in module._parameters.values() if tensor is not None)
         for kind in {tensor.device.type for tensor in own} - {"meta"}:
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
@@ -223,8 +225,8 @@ def _refuse_shared(items: list[Folded], owners: dict[object, list[_Owner]], host
                 )
 
 
-def _changed_inside(host: nn.Module, names: Container[str]) -> set[int]:
-    inner = [module for module in all_hosts(host) if module is not host and parts(module, names)]
+def _changed_inside(modules: list[nn.Module], names: Container[str]) -> set[int]:
+    inner = [module for module in modules[1:] if is_host(module) and parts(module, names)]
     return {id(module) for other in inner for module in base_modules(other)}
 
 

@@ -35,6 +35,9 @@ def tensors_of(module: nn.Module, one: str, other: str) -> tuple[Any, Any]:
 @contextlib.contextmanager
 def overridden(host: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Puts tensors before the host's own: attribute look-up finds `__dict__` before `_parameters`."""
+    if not values:
+        yield
+        return
     places = [(*owner_of(host, path), value) for path, value in values.items()]
     before = [(owner, leaf, owner.__dict__.get(leaf, _absent)) for owner, leaf, _ in places]
     try:

@@ -9,9 +9,9 @@ _use_count: Any = getattr(torch._C, "_storage_Use_Count", None)  # private, so c
 _ITS_OWN = 2  # the tensor, and the object by which the storage is asked
 
 
-@torch.no_grad()
 def trade(weight: Tensor, other: Tensor, keep_on: torch.device | str) -> Tensor:
     """Gives the weight the values of `other`, and returns what holds those that it had; a failure changes neither.
+    Without gradient mode.
 
     Whoever reads a weight by its address would go on reading the old storage: a captured CUDA graph, another process,
     a view, an array of numpy. So storages are swapped only on a CPU, where the weight alone uses an unshared one. The
