@@ -11,7 +11,7 @@ from .._errors import AdapterError
 from .adapter import can_be_merged
 from .host import Adapters, Selection
 from .merged_weights import Folded, folded_by_host
-from .swap import can_swap, swap, trade
+from .swap import can_swap, give, hold, trade
 from .walk import (
     adapters,
     base_modules,
@@ -58,8 +58,10 @@ def merge(model: nn.Module, *names: str, backup: str = "device") -> None:
         with torch.no_grad():
             for _, items in folded_by_host(model, names):
                 for item in items:
-                    keep_on = item.base.device if backup == "device" else "cpu"
-                    written.append((item.owner, item.leaf, trade(item.base, item.rounded(), keep_on)))
+                    rounded = item.rounded()
+                    kept, by_swap = hold(item.base, rounded, item.base.device if backup == "device" else "cpu")
+                    written.append((item.owner, item.leaf, kept))
+                    give(item.base, rounded, by_swap)
     except BaseException:
         _restore(written)
         raise
@@ -235,7 +237,4 @@ def _restore(written: list[tuple[nn.Module, str, Tensor]]) -> None:
     with torch.no_grad():
         for owner, leaf, kept in reversed(written):
             weight = getattr(owner, leaf)
-            if can_swap(weight, kept):
-                swap(weight, kept)
-            else:
-                weight.copy_(kept)
+            give(weight, kept, can_swap(weight, kept))

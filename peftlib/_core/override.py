@@ -12,8 +12,8 @@ from ..kernels.dispatch import apply
 
 
 def owner_of(host: nn.Module, path: str) -> tuple[nn.Module, str]:
-    *parents, leaf = path.split(".")
-    return host.get_submodule(".".join(parents)), leaf
+    parent, _, leaf = path.rpartition(".")
+    return host.get_submodule(parent) if parent else host, leaf
 
 
 def weight_of(host: nn.Module, path: str) -> Tensor:

@@ -16,22 +16,28 @@ def trade(weight: Tensor, other: Tensor, keep_on: torch.device | str) -> Tensor:
     Whoever reads a weight by its address would go on reading the old storage: a captured CUDA graph, another process,
     a view, an array of numpy. So storages are swapped only on a CPU, where the weight alone uses an unshared one. The
     version goes up either way: a graph that saved the weight raises in its backward, and computes nothing wrong."""
-    if can_swap(weight, other):
-        held = weight.data
-        swap(weight, other)
-        return held
-    held = weight.to(keep_on, copy=True)
+    held, by_swap = hold(weight, other, keep_on)
     try:
-        weight.copy_(other)
+        give(weight, other, by_swap)
     except BaseException:
-        weight.copy_(held)
+        give(weight, held, by_swap)
         raise
     return held
 
 
-def swap(weight: Tensor, other: Tensor) -> None:
-    weight.data = other
-    torch.autograd.graph.increment_version(weight)
+def hold(weight: Tensor, other: Tensor, keep_on: torch.device | str) -> tuple[Tensor, bool]:
+    """What holds the weight's values when it is given those of `other`, and whether it is to be given the storage."""
+    if can_swap(weight, other):
+        return weight.data, True
+    return weight.to(keep_on, copy=True), False
+
+
+def give(weight: Tensor, other: Tensor, by_swap: bool) -> None:
+    if by_swap:
+        weight.data = other
+        torch.autograd.graph.increment_version(weight)
+    else:
+        weight.copy_(other)
 
 
 def can_swap(weight: Tensor, other: Tensor) -> bool:

@@ -169,22 +169,28 @@ def test_eject_for_good_fails_at_each_step_and_leaves_the_model_whole(make):
 FOLDING = {
     "fold": (LoRA, "fold"),
     "fold of another kind": (Full, "fold"),
-    "round": (torch.Tensor, "to"),
-    "copy": (torch.Tensor, "copy_"),
-    "back up": (torch.Tensor, "clone"),
-    "check": (torch.Tensor, "isfinite"),
+    "widen, or back up": (torch.Tensor, "to"),
+    "round, or write": (torch.Tensor, "copy_"),
+    "check": (torch.Tensor, "aminmax"),
 }
 
 
+def in_place(make: Callable[[], Any]) -> Callable[[], Any]:
+    """The same model in shared memory, where another process may read its weights."""
+    return lambda: make().share_memory()
+
+
+@pytest.mark.parametrize("make", [adapted, in_place(adapted)], ids=["swapped", "in place"])
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(("owner", "attribute"), FOLDING.values(), ids=FOLDING)
 @pytest.mark.parametrize("act", [peftlib.merge, lambda m: peftlib.eject(m, merge=True)], ids=["merge", "eject"])
-def test_merge_fails_at_each_weight(act, owner, attribute, late):
-    assert fail_at_every_call(adapted, act, owner, attribute, late) >= 2
+def test_merge_fails_at_each_weight(make, act, owner, attribute, late):
+    assert fail_at_every_call(make, act, owner, attribute, late) >= 2
 
 
-def test_merge_fails_at_each_step():
-    assert fail_at_every_step(lambda: adapted(small), peftlib.merge, 0, 2) >= 50
+@pytest.mark.parametrize("change", [lambda make: make, in_place], ids=["swapped", "in place"])
+def test_merge_fails_at_each_step(change):
+    assert fail_at_every_step(change(lambda: adapted(small)), peftlib.merge, 0, 2) >= 50
 
 
 def merged_model() -> Any:
@@ -345,7 +351,7 @@ def values(model: Any) -> dict[str, Any]:
 def test_unmerge_fails_at_each_weight_and_stays_merged(attribute, late):
     original, at = base_bits(adapted_once()), 0
     while True:
-        model = merged_once()
+        model = in_place(merged_once)()
         before = values(model)
         with failing(torch.Tensor, attribute, at, late) as struck, contextlib.suppress(Fault):
             peftlib.unmerge(model)
@@ -356,6 +362,21 @@ def test_unmerge_fails_at_each_weight_and_stays_merged(attribute, late):
         assert base_bits(model) == original
         at += 1
     assert at >= 5
+
+
+@pytest.mark.parametrize("make", [merged_once, in_place(merged_once)], ids=["swapped", "in place"])
+def test_unmerge_fails_at_each_step_and_stays_merged(make):
+    original, numbers = base_bits(adapted_once()), steps_of(make, peftlib.unmerge)
+    for number in numbers:
+        model = make()
+        before = values(model)
+        with Steps(number) as steps, contextlib.suppress(Fault):
+            peftlib.unmerge(model)
+        assert steps.struck
+        assert values(model) == before
+        peftlib.unmerge(model)
+        assert base_bits(model) == original
+    assert len(numbers) >= 10
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
@@ -424,7 +445,7 @@ def test_memory_runs_out_at_each_allocation(make, act):
 
 
 def test_memory_runs_out_at_each_allocation_of_unmerge():
-    assert run_out_of_memory(all_merged, peftlib.unmerge, unmoved) >= 9
+    assert run_out_of_memory(in_place(all_merged), peftlib.unmerge, unmoved) >= 9
 
 
 def watched(model: Any) -> Callable[[], Any]:
@@ -437,9 +458,10 @@ def unmoved(model: Any) -> Callable[[], Any]:
     return lambda: values(model) != before
 
 
-def test_eject_and_view_allocate_nothing():
+def test_eject_view_and_unmerge_allocate_nothing():
     for act in (take_all, lambda model: peftlib.view(model, "a")):
         assert run_out_of_memory(adapted, act, unmoved) == 0
+    assert run_out_of_memory(all_merged, peftlib.unmerge, unmoved) == 0, "weights go back to where they were"
 
 
 def run_out_of_memory(make: Any, act: Any, watch: Callable[[Any], Callable[[], Any]]) -> int:

@@ -95,7 +95,8 @@ def moved(model: Any, name: str | None = None, size: float = 0.3) -> Any:
 
 
 def bits(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # numpy() marks a storage as not torch's
+    return copied.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
