@@ -122,6 +122,32 @@ def with_fsdp_on_hosts(network: Network) -> nn.Module:
 WAYS: list[Callable[[Network], nn.Module]] = [with_ddp, with_fsdp, with_fsdp_on_hosts]
 
 
+MERGED_WAYS: list[Callable[[Network], nn.Module]] = [with_fsdp, with_fsdp_on_hosts]
+
+
+def build_foldable() -> Network:
+    torch.manual_seed(1)
+    model = Network().double()
+    peftlib.inject(model, ["attention", "linear"], peftlib.LoRA, rank=2, name="task")
+    peftlib.inject(model, ["norm", "head"], peftlib.Full, name="task")
+    with torch.no_grad():
+        for parameter in peftlib.parameters(model):
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return model
+
+
+@torch.no_grad()
+def merge_and_back(network: Network) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """What the merged network gives, after a call that has gathered its shards once; its state before, in, and after."""
+    tokens = data()[0][0]
+    network(tokens)
+    states = [state_of(network)]
+    with peftlib.merged(network):
+        y = network(tokens)
+        states.append(state_of(network))
+    return y, [*states, state_of(network)]
+
+
 def work(rank: int, folder: str) -> None:
     """One rank: all ways after one another, so that the processes start once."""
     torch.set_num_threads(1)
@@ -131,6 +157,11 @@ def work(rank: int, folder: str) -> None:
         network = build()
         losses = train(way(network), network, slice(rank * share, (rank + 1) * share))
         torch.save((losses, state_of(network)), f"{folder}/{way.__name__}-{rank}.pt")
+        dist.barrier()
+    for way in MERGED_WAYS:
+        network = build_foldable()
+        way(network)
+        torch.save(merge_and_back(network), f"{folder}/merged-{way.__name__}-{rank}.pt")
         dist.barrier()
     dist.destroy_process_group()
 
@@ -158,3 +189,17 @@ def test_two_ranks_equal_one_process(way: str, ran: pathlib.Path):
             assert (found[key] - tensor).abs().max() <= 1e-10, key
             trains = ".task" in key
             assert torch.equal(found[key], start[key]) != trains, key
+
+
+@pytest.mark.parametrize("way", [way.__name__ for way in MERGED_WAYS])
+def test_shards_merge_to_what_one_process_merges_to_and_come_back_to_the_bit(way: str, ran: pathlib.Path):
+    """A product of rank 2 adds in the same order on each shard, the rounding aside that one product or three make."""
+    y, (_, merged, _) = merge_and_back(build_foldable())
+    for rank in range(RANKS):
+        found, (before, inside, after) = torch.load(ran / f"merged-{way}-{rank}.pt")
+        assert (found - y).abs().max() <= 1e-10
+        for key, tensor in merged.items():
+            assert (inside[key] - tensor).abs().max() <= 1e-12, key
+            assert torch.equal(after[key], before[key]), key
+            if key.endswith("linear.weight"):
+                assert not torch.equal(inside[key], before[key])
