@@ -138,7 +138,7 @@ def build_foldable() -> Network:
 
 @torch.no_grad()
 def merge_and_back(network: Network) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """What the merged network gives, after a call that has gathered its shards once; its state before, in, and after."""
+    """What the merged network gives, after a call that gathered its shards once; its state before, in, and after."""
     tokens = data()[0][0]
     network(tokens)
     states = [state_of(network)]

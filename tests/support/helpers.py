@@ -95,7 +95,7 @@ def moved(model: Any, name: str | None = None, size: float = 0.3) -> Any:
 
 
 def bits(tensor: Tensor) -> bytes:
-    copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # numpy() marks a storage as not torch's
+    copied = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # numpy() marks it
     return copied.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
