@@ -45,6 +45,7 @@ FILES = {
         "clone guesses lazy_weight row_layout",
         "rows",
         "host",
+        "lost",
         "walk",
         "merged_weights",
         "merge",

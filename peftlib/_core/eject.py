@@ -10,6 +10,7 @@ from .foreign import fast_paths_around
 from .freeze import held_modules, unfreeze_base
 from .host import Selection, all_or_nothing, detach, parts, require_on_top, take
 from .inject import require_changeable
+from .lost import forget_lost
 from .merge import forget_backups, unmerge
 from .merge import merge as fold_in
 from .walk import base_modules, hosts, require, require_no_views
@@ -60,6 +61,9 @@ def eject(
         >>> type(model[0]) is torch.nn.Linear
         True
     """
+    if not merge and not any(True for _ in hosts(model)) and forget_lost(model, name):
+        unfreeze_base(model, keep_buffers=True)
+        return None
     selection = require(model, () if name is None else (name,))
     if dequantize:
         return _eject_dequantized(model, name, merge)
@@ -127,3 +131,4 @@ def _take_out(model: nn.Module, name: str | None, *, keep_buffers: bool) -> None
                 detach(host)
         if not adapted:
             unfreeze_base(model, keep_buffers=keep_buffers)
+        forget_lost(model, name)

@@ -21,6 +21,7 @@ from .host import (
     is_host,
     put,
 )
+from .lost import remember
 from .randomness import Masks, derived, drawing_from, require_seed
 from .readers import Readers
 from .targets import Targets, select
@@ -125,6 +126,7 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
         require_one_copy(model, selection.active, "inject")
         if freeze:
             freeze_base(model, selection)
+    remember(model, placed)
 
 
 def require_changeable(model: nn.Module, doing: str) -> None:

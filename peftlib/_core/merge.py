@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .._errors import AdapterError
 from .adapter import can_be_merged
 from .host import Adapters, Selection
+from .lost import require_all_there
 from .merged_weights import Folded, folded_by_host
 from .swap import can_swap, give, hold, trade
 from .walk import (
@@ -215,6 +216,7 @@ def _prefixes(key: str) -> list[str]:
 def _ready_to_fold(
     model: nn.Module, names: tuple[str, ...], doing: str, views_matter: bool = True
 ) -> tuple[Selection, tuple[str, ...]]:
+    require_all_there(model, doing)
     selection = require(model, names)
     if views_matter:
         require_no_views(selection, doing)

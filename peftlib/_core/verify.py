@@ -13,6 +13,7 @@ from .adapter import Adapter, can_be_merged
 from .foreign import is_offloaded
 from .freeze import moved_buffers
 from .lazy_weight import materialized
+from .lost import lost
 from .merge import merged
 from .quantized import quantized_as
 from .verify_rows import compare_rows
@@ -111,7 +112,12 @@ def verify(
         require_no_views(selection, "verify")
         with in_eval_mode(model):
             difference = _difference(model, active, inputs, named_inputs)
-    problems = *_adapter_problems(active, ran, later), *_untrained(active, optimizer), *_base_problems(model, moved)
+    problems = (
+        *_adapter_problems(active, ran, later),
+        *_untrained(active, optimizer),
+        *_base_problems(model, moved),
+        *_lost_problems(model),
+    )
     return Verification(problems, difference, _materialized_lines(active, heard))
 
 
@@ -233,6 +239,10 @@ def _untrained(active: list[Named], optimizer: Any) -> Iterator[str]:
                 f"{where}: {type(optimizer).__name__} does not have its {', '.join(absent)}. Make the optimizer after "
                 "inject, over peftlib.parameters(model)."
             )
+
+
+def _lost_problems(model: nn.Module) -> Iterator[str]:
+    yield from (f"{sentence}. Inject there again, or eject." for sentence in lost(model))
 
 
 def _base_problems(model: nn.Module, moved: list[str]) -> Iterator[str]:

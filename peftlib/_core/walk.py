@@ -14,6 +14,7 @@ from .._errors import AdapterError
 from .adapter import Adapter
 from .containers import CHILD
 from .host import Selection, adapters_of, is_host, parts
+from .lost import require_all_there
 from .override import owner_of
 
 _views: weakref.WeakKeyDictionary[Selection, "weakref.WeakSet[Selection]"] = weakref.WeakKeyDictionary()
@@ -70,7 +71,8 @@ def parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Paramet
         nn.Parameter: in the model's order.
 
     Raises:
-        AdapterError: the model has no such adapter; an optimizer over nothing would train nothing in silence.
+        AdapterError: the model has no such adapter, for an optimizer over nothing would train nothing in silence; a
+            host that something replaced since.
 
     Example:
         >>> import torch, peftlib
@@ -78,6 +80,7 @@ def parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Paramet
         >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
         >>> optimizer = torch.optim.AdamW(peftlib.parameters(model), lr=1e-3)
     """
+    require_all_there(model, "parameters")
     require(model, () if name is None else (name,))
     seen: set[int] = set()
     for _, _, adapter in adapters(model, name):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._core.lost import require_all_there
 from .._core.walk import adapters, require
 from .._errors import AdapterError
 from ..files.container import Path, replacing, write_tensors
@@ -64,6 +65,7 @@ def save(
         ['0']
     """
     dialect = dialect_of(layout, _WRITERS)
+    require_all_there(model, "save")
     require(model, (name,))
     chosen = {key: at for key, at in components_of(dialect, components).items() if at is not None}
     _require_all_inside(model, name, chosen)

@@ -13,6 +13,7 @@ from .._core.adapter import Adapter
 from .._core.freeze import moved_buffers
 from .._core.host import parts
 from .._core.inject import Placed, install, require_changeable, require_free, require_name
+from .._core.lost import require_all_there
 from .._core.walk import adapters, hosts, require
 from .._errors import AdapterError
 from .container import Path, header_of, opened, read_tensor, require_unchanged, write
@@ -45,6 +46,7 @@ def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[
         >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
         >>> peftlib.save(model, os.path.join(tempfile.mkdtemp(), "adapter.safetensors"))
     """
+    require_all_there(model, "save")
     require(model, (name,))
     metadata = {} if metadata is None else metadata
     _require_json(metadata)

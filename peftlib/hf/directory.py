@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._core.adapter import Adapter
 from .._core.inject import Part
+from .._core.lost import require_all_there
 from .._core.walk import adapters, require
 from .._errors import AdapterError
 from ..files.container import Path, listed, opened, read_tensor, replacing, write_tensors
@@ -152,6 +153,7 @@ def save(
     """
     if target not in _TARGETS:
         raise AdapterError(f"target={target!r} is none of {', '.join(map(repr, _TARGETS))}. Pass one of them.")
+    require_all_there(model, "save")
     require(model, (name,))
     found = [(model.get_submodule(host_name), adapter) for host_name, _, adapter in adapters(model, name)]
     modules = Modules(model)

@@ -1,0 +1,129 @@
+"""Hosts that were replaced, with their adapters, by something that knows nothing of these: noticed at the next call.
+
+Beside each module around a host stands, by weak references, which child led to the host. A child is lost where now
+another one stands that holds a state and leads to no host, while the first is nowhere in the model. A child that is gone,
+that moved, or that something was wrapped around, is not: layers may be deleted, inserted and wrapped on purpose.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from .._errors import AdapterError
+from .adapter import Adapter
+from .host import Adapters, Selection, adapters_of, is_host, parts
+
+
+class _Child(NamedTuple):
+    """What stood at one place on the way to hosts, and the names of the adapters there."""
+
+    module: "weakref.ref[nn.Module]"
+    names: set[str]
+
+
+_children: weakref.WeakKeyDictionary[nn.Module, dict[str, _Child]] = weakref.WeakKeyDictionary()
+_holding: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_entries: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # an adapter's, of its table
+
+
+def remember(model: nn.Module, placed: Iterable[tuple[str, nn.Module, Adapter]]) -> None:
+    """Notes the way to each host of these adapters, and to those that hold statistics for them."""
+    name = ""
+    for host_name, host, adapter in placed:
+        name = adapter.name
+        _note_way(model, host_name, name)
+        if isinstance(host, nn.Embedding):
+            _entries[adapter] = host.num_embeddings
+    for host_name, host in model.named_modules():
+        if is_host(host) and not parts(host) and host not in _holding:
+            _holding.add(host)
+            _note_way(model, host_name, name)
+
+
+def _note_way(model: nn.Module, host_name: str, name: str) -> None:
+    around = model
+    for leaf in host_name.split(".") if host_name else ():
+        known, child = _children.setdefault(around, {}), around.get_submodule(leaf)
+        if leaf not in known or known[leaf].module() is not child:
+            known[leaf] = _Child(weakref.ref(child), set())
+        known[leaf].names.add(name)
+        around = child
+
+
+def lost(model: nn.Module) -> Iterator[str]:
+    """What was replaced, and what no longer fits, a sentence each."""
+    for where, outer, leaf in _replaced(model):
+        names = ", ".join(f'"{name}"' for name in sorted(_children[outer][leaf].names))
+        yield f"{where} was replaced by another {type(outer._modules[leaf]).__name__}, and {names} went with the first"
+    for path, host in model.named_modules():
+        if not is_host(host) or not isinstance(host, nn.Embedding) or not _is_plain_table(host.weight):
+            continue
+        for adapter in parts(host):
+            if _entries.get(adapter, len(host.weight)) != len(host.weight):
+                now, then = len(host.weight), _entries[adapter]
+                yield f'{path or "the root"} has {now} entries now, and "{adapter.name}" there was made for {then}'
+
+
+def require_all_there(model: nn.Module, doing: str) -> None:
+    for sentence in lost(model):
+        raise AdapterError(
+            f"{doing}: {sentence}. Inject there again, or eject, which forgets what is gone; to keep what was learned, "
+            "merge and eject before such a change."
+        )
+
+
+def forget_lost(model: nn.Module, name: str | None = None) -> bool:
+    """Gives up the adapter of this name, or all, wherever it was lost, and counts anew what is there."""
+    gone = [(outer, leaf) for _, outer, leaf in _replaced(model)]
+    for outer, leaf in gone:
+        names = _children[outer][leaf].names
+        names.difference_update([*names] if name is None else [name])
+        if not names:
+            del _children[outer][leaf]
+            _drop_remains(outer.get_submodule(leaf))
+    _recount(model)
+    return bool(gone)
+
+
+def _drop_remains(module: nn.Module) -> None:
+    """torch's conversion to SyncBatchNorm takes over all children of the module that it replaces."""
+    for inner in [*module.modules()]:
+        if not is_host(inner) and isinstance(inner._modules.get("adapters"), Adapters):
+            del inner._modules["adapters"]
+
+
+def _recount(model: nn.Module) -> None:
+    found: dict[Selection, dict[str, int]] = {}
+    for host in model.modules():
+        if is_host(host):
+            count = found.setdefault(adapters_of(host).selection, {})
+            for adapter in parts(host):
+                count[adapter.name] = count.get(adapter.name, 0) + 1
+    for selection, count in found.items():
+        selection.count = {name: count[name] for name in selection.count if name in count}
+        selection.active = tuple(name for name in selection.active if name in count)
+
+
+def _replaced(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Places whose child was replaced: their whole name, the module around, the child's own name."""
+    if not any(module in _children for module in model.modules()):
+        return []
+    there = {id(module) for module in model.modules()}
+    return [
+        (f"{name}.{leaf}".lstrip("."), outer, leaf)
+        for name, outer in model.named_modules()
+        for leaf, child in _children.get(outer, {}).items()
+        if child.names and _stands_for(outer._modules.get(leaf), child.module(), there)
+    ]
+
+
+def _stands_for(now: nn.Module | None, before: nn.Module | None, there: set[int]) -> bool:
+    if now is None or now is before or (before is not None and id(before) in there):
+        return False
+    return bool(now.state_dict()) and not any(map(is_host, now.modules()))
+
+
+def _is_plain_table(table: Tensor) -> bool:
+    return type(table) is nn.Parameter and table.dim() == 2
