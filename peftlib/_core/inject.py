@@ -126,7 +126,7 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
         require_one_copy(model, selection.active, "inject")
         if freeze:
             freeze_base(model, selection)
-    remember(model, placed)
+        remember(model, placed)
 
 
 def require_changeable(model: nn.Module, doing: str) -> None:

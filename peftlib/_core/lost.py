@@ -1,8 +1,8 @@
 """Hosts that were replaced, with their adapters, by something that knows nothing of these: noticed at the next call.
 
 Beside each module around a host stands, by weak references, which child led to the host. A child is lost where now
-another one stands that holds a state and leads to no host, while the first is nowhere in the model. A child that is gone,
-that moved, or that something was wrapped around, is not: layers may be deleted, inserted and wrapped on purpose.
+another one stands that holds a state and leads to no host, while the first is nowhere in the model. What is gone, or
+moved, or has something wrapped around it, is not: layers may be deleted, inserted and wrapped on purpose.
 """
 
 import weakref
@@ -29,27 +29,28 @@ _entries: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary(
 
 
 def remember(model: nn.Module, placed: Iterable[tuple[str, nn.Module, Adapter]]) -> None:
-    """Notes the way to each host of these adapters, and to those that hold statistics for them."""
-    name = ""
-    for host_name, host, adapter in placed:
-        name = adapter.name
-        _note_way(model, host_name, name)
-        if isinstance(host, nn.Embedding):
-            _entries[adapter] = host.num_embeddings
-    for host_name, host in model.named_modules():
-        if is_host(host) and not parts(host) and host not in _holding:
-            _holding.add(host)
-            _note_way(model, host_name, name)
-
-
-def _note_way(model: nn.Module, host_name: str, name: str) -> None:
-    around = model
-    for leaf in host_name.split(".") if host_name else ():
-        known, child = _children.setdefault(around, {}), around.get_submodule(leaf)
+    """Notes the way to each host of these adapters, and to those that hold statistics for them; all of it, or none."""
+    placed = [*placed]
+    ways = [(adapter.name, step) for host_name, _, adapter in placed for step in _way(model, host_name)]
+    holding = [(name, host) for name, host in model.named_modules() if is_host(host) and not parts(host)]
+    holding = [(name, host) for name, host in holding if host not in _holding] if placed else []
+    ways += [(placed[0][2].name, step) for host_name, _ in holding for step in _way(model, host_name)]
+    for name, (around, leaf, child) in ways:
+        known = _children.setdefault(around, {})
         if leaf not in known or known[leaf].module() is not child:
             known[leaf] = _Child(weakref.ref(child), set())
         known[leaf].names.add(name)
-        around = child
+    _holding.update(host for _, host in holding)
+    _entries.update((part, host.num_embeddings) for _, host, part in placed if isinstance(host, nn.Embedding))
+
+
+def _way(model: nn.Module, host_name: str) -> list[tuple[nn.Module, str, nn.Module]]:
+    """From the model to the host: each module around it, the child's name there, and the child."""
+    steps, around = [], model
+    for leaf in host_name.split(".") if host_name else ():
+        steps.append((around, leaf, around.get_submodule(leaf)))
+        around = steps[-1][2]
+    return steps
 
 
 def lost(model: nn.Module) -> Iterator[str]:
