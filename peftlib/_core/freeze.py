@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .foreign import keeps_statistics
-from .host import BUFFERS, Selection, attach
+from .host import BUFFERS, Selection, attach, is_host
 from .merge import base_weight
 from .walk import base_modules, candidates, selections_of
 
@@ -16,9 +16,11 @@ _LARGEST = 2**24  # bytes; what is larger is a table or a quantized weight, and 
 _MOST_INTEGERS = 2**10  # counters, not codes
 
 
-def freeze_base(model: nn.Module, selection: Selection) -> None:
+def freeze_base(model: nn.Module, selection: Selection) -> list[str]:
     """Remembers on each module which of its parameters trained, by name: others may replace the parameters; and its
-    buffers, by value. What moves running statistics becomes a host, whose forward holds them."""
+    buffers, by value. What moves running statistics becomes a host, whose forward holds them; the names are those of
+    what was none before."""
+    held: list[str] = []
     for name, module in candidates(model):
         on = tuple(leaf for leaf, p in module._parameters.items() if p is not None and p.requires_grad)
         if on:
@@ -29,8 +31,10 @@ def freeze_base(model: nn.Module, selection: Selection) -> None:
             kept = {leaf: buffer.detach().clone() for leaf, buffer in persistent_buffers(module) if _is_state(buffer)}
             if kept or keeps_statistics(module):
                 module.__dict__[BUFFERS] = kept
-        if keeps_statistics(module):
+        if keeps_statistics(module) and not is_host(module):
             attach(name, module, selection)
+            held.append(name)
+    return held
 
 
 def unfreeze_base(model: nn.Module, *, keep_buffers: bool) -> None:

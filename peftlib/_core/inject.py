@@ -124,9 +124,8 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
             if adapter.name not in selection.active:
                 selection.active += (adapter.name,)
         require_one_copy(model, selection.active, "inject")
-        if freeze:
-            freeze_base(model, selection)
-        remember(model, placed)
+        held = freeze_base(model, selection) if freeze else []
+        remember(model, placed, held)
 
 
 def require_changeable(model: nn.Module, doing: str) -> None:

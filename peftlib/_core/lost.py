@@ -6,7 +6,7 @@ moved, or has something wrapped around it, is not: layers may be deleted, insert
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -24,23 +24,19 @@ class _Child(NamedTuple):
 
 
 _children: weakref.WeakKeyDictionary[nn.Module, dict[str, _Child]] = weakref.WeakKeyDictionary()
-_holding: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _entries: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # an adapter's, of its table
 
 
-def remember(model: nn.Module, placed: Iterable[tuple[str, nn.Module, Adapter]]) -> None:
+def remember(model: nn.Module, placed: Sequence[tuple[str, nn.Module, Adapter]], holding: Iterable[str] = ()) -> None:
     """Notes the way to each host of these adapters, and to those that hold statistics for them; all of it, or none."""
-    placed = [*placed]
-    ways = [(adapter.name, step) for host_name, _, adapter in placed for step in _way(model, host_name)]
-    holding = [(name, host) for name, host in model.named_modules() if is_host(host) and not parts(host)]
-    holding = [(name, host) for name, host in holding if host not in _holding] if placed else []
-    ways += [(placed[0][2].name, step) for host_name, _ in holding for step in _way(model, host_name)]
+    places = [(adapter.name, host_name) for host_name, _, adapter in placed]
+    places += [(placed[0][2].name, host_name) for host_name in holding if placed]
+    ways = [(name, step) for name, host_name in places for step in _way(model, host_name)]
     for name, (around, leaf, child) in ways:
         known = _children.setdefault(around, {})
         if leaf not in known or known[leaf].module() is not child:
             known[leaf] = _Child(weakref.ref(child), set())
         known[leaf].names.add(name)
-    _holding.update(host for _, host in holding)
     _entries.update((part, host.num_embeddings) for _, host, part in placed if isinstance(host, nn.Embedding))
 
 
