@@ -237,7 +237,7 @@ CONFIGS = {
     "a rank beyond the singular vectors": Refusal(
         lambda: chain(nn.Linear(4, 4), nn.Linear(4, 2)),
         inject(nn.Linear, rank=3, init="pissa"),
-        ("1", "LoRA", "rank=3", "[2, 4]", "2", '"pissa"'),
+        ("1", "LoRA", "rank=3", "[2, 4]", "2"),
     ),
     "dropout on an embedding": Refusal(
         conv,
