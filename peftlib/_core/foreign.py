@@ -26,12 +26,10 @@ FAST_PATHS: dict[type[nn.Module], tuple[str, object]] = {
 _RESCALING = {"RwkvModel": ("rescale_every", "blocks")}
 
 
-def require_steady(model: nn.Module, host_names: Iterable[str]) -> None:
+def require_steady(named: Iterable[tuple[str, nn.Module]], host_names: Iterable[str]) -> None:
     """Where a forward rescales weights in place, what an adapter adds would have another scale in eval, and a copy
     would be rescaled itself."""
-    if not any(map(_rescales, model.modules())):
-        return
-    for name, module in model.named_modules():
+    for name, module in [item for item in named if type(item[1]).__name__ in _RESCALING]:
         for host_name in host_names if _rescales(module) else ():
             if f"{host_name}.".startswith(f"{name}.".lstrip(".")) or f"{name}.".startswith(f"{host_name}.".lstrip(".")):
                 every, _ = _RESCALING[type(module).__name__]
@@ -42,10 +40,13 @@ def require_steady(model: nn.Module, host_names: Iterable[str]) -> None:
                 )
 
 
+def rescales_any(modules: Iterable[nn.Module]) -> bool:
+    """Asked where the names of the modules are not at hand: to find them costs more than this."""
+    return any(type(module).__name__ in _RESCALING for module in modules)
+
+
 def _rescales(module: Any) -> bool:
     """Up to so many blocks the factor is one."""
-    if type(module).__name__ not in _RESCALING:
-        return False
     every, blocks = _RESCALING[type(module).__name__]
     return 0 < getattr(module.config, every, 0) < len(getattr(module, blocks))
 

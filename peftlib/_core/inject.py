@@ -113,7 +113,6 @@ def inject(
 
 
 def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
-    require_steady(model, [item.host_name for item in placed])
     with all_or_nothing(model):
         selection = share_selection(model)
         for around in fast_paths_around(base_modules(model), {id(item.host) for item in placed}):
@@ -159,7 +158,7 @@ def parts_to_inject(
         first_named.setdefault(id(module), (name, module))
     order = {key: position for position, key in enumerate(first_named)}
     chosen = [item for key, item in first_named.items() if key in hits]
-    require_steady(model, [name for name, _ in chosen])
+    require_steady(first_named.values(), [name for name, _ in chosen])
     return sorted(_parts(model, chosen, Readers(named), kind, config), key=lambda part: order[id(part.host)])
 
 

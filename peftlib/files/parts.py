@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from .._core.adapter import Adapter
+from .._core.foreign import require_steady, rescales_any
 from .._core.inject import (
     Part,
     Placed,
@@ -16,6 +17,7 @@ from .._core.inject import (
     require_name,
 )
 from .._core.override import owner_of
+from .._core.walk import base_modules, candidates
 from .._errors import AdapterError
 from .rebuild import entries, fill, require_keys
 
@@ -34,6 +36,8 @@ def install_parts(
     are shared the second gets the parameters of the first."""
     require_name(name)
     require_changeable(model, "load")
+    if rescales_any(base_modules(model)):
+        require_steady(candidates(model), [part.host_name for part in parts])
     placed = [_placed(part, name, where) for part in parts]
     require_free(model, placed)
     for part, item in zip(parts, placed, strict=True):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.adapter import KINDS, Adapter
-from .._core.foreign import device_of
+from .._core.foreign import device_of, require_steady
 from .._core.inject import Part, Placed, build, require_adaptable, seed_in
 from .._core.randomness import require_seed
 from .._core.readers import Readers
@@ -43,6 +43,7 @@ def rebuilt(model: nn.Module, header: Header, name: str, path: Path) -> Iterator
             f"{os.fspath(path)}: made for another model: {some(absent)} not in {type(model).__name__}. "
             "Load it onto its own base."
         )
+    require_steady(by_name.items(), header["hosts"])
     size, checked = os.path.getsize(path), set[int]()
     for host_name, positions in header["hosts"].items():
         _require_called(readers, host_name, by_name[host_name], os.fspath(path))
