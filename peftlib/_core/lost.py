@@ -51,10 +51,11 @@ def _way(model: nn.Module, host_name: str) -> list[tuple[nn.Module, str, nn.Modu
 
 def lost(model: nn.Module) -> Iterator[str]:
     """What was replaced, and what no longer fits, a sentence each."""
-    for where, outer, leaf in _replaced(model):
+    named = _named(model)
+    for where, outer, leaf in _replaced(named):
         names = ", ".join(f'"{name}"' for name in sorted(_children[outer][leaf].names))
         yield f"{where} was replaced by another {type(outer._modules[leaf]).__name__}, and {names} went with the first"
-    for path, host in model.named_modules():
+    for path, host in named:
         if not is_host(host) or not isinstance(host, nn.Embedding) or not _is_plain_table(host.weight):
             continue
         for adapter in parts(host):
@@ -73,7 +74,7 @@ def require_all_there(model: nn.Module, doing: str) -> None:
 
 def forget_lost(model: nn.Module, name: str | None = None) -> bool:
     """Gives up the adapter of this name, or all, wherever it was lost, and counts anew what is there."""
-    gone = [(outer, leaf) for _, outer, leaf in _replaced(model)]
+    gone = [(outer, leaf) for _, outer, leaf in _replaced(_named(model))]
     for outer, leaf in gone:
         names = _children[outer][leaf].names
         names.difference_update([*names] if name is None else [name])
@@ -103,14 +104,23 @@ def _recount(model: nn.Module) -> None:
         selection.active = tuple(name for name in selection.active if name in count)
 
 
-def _replaced(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+def _named(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """In one walk, without the generators of `named_modules`: it is asked at each call, and mostly finds nothing."""
+    found, seen = [("", model)], {id(model)}
+    for name, module in found:
+        for leaf, child in module._modules.items():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append((f"{name}.{leaf}" if name else leaf, child))
+    return found
+
+
+def _replaced(named: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, str]]:
     """Places whose child was replaced: their whole name, the module around, the child's own name."""
-    if not any(module in _children for module in model.modules()):
-        return []
-    there = {id(module) for module in model.modules()}
+    there = {id(module) for _, module in named}
     return [
         (f"{name}.{leaf}".lstrip("."), outer, leaf)
-        for name, outer in model.named_modules()
+        for name, outer in named
         for leaf, child in _children.get(outer, {}).items()
         if child.names and _stands_for(outer._modules.get(leaf), child.module(), there)
     ]
