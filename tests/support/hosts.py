@@ -364,6 +364,7 @@ HOSTS = [
         target=["host", "out_proj"],
         full_target="host",
         make={"batch_first": True},
+        fast_path=True,
     ),
     _attention(
         "attention-out",
