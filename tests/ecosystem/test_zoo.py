@@ -16,7 +16,7 @@ import peftlib
 from support import reference
 from support.ecosystem import feature
 from support.helpers import moved
-from support.hosts import without_fast_path
+from support.hosts import statistics_held, without_fast_path
 from support.zoo import BY_NAME, ZOO, Animal
 
 
@@ -125,10 +125,13 @@ def loss(found: list[Tensor]) -> Tensor:
 @each
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_inserting_changes_no_bit_where_that_is_promised(row, animal, training):
-    base, model = animal.make().train(training).requires_grad_(False), animal.make().train(training)
+    model = animal.make().train(training)
     put(model, row, animal)
+    bases = [statistics_held(animal.make().train(training)).requires_grad_(trains) for trains in (False, True)]
     with without_fast_path():
-        assert same(outputs(model, animal), outputs(base, animal)) == row.silent
+        found = outputs(model, animal)
+        # torch picks some kernels by whether weights train
+        assert any(same(found, outputs(base, animal)) for base in bases) == row.silent
 
 
 @each

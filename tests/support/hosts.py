@@ -53,11 +53,7 @@ class Host:
     def base(self, dtype: torch.dtype = torch.float32, training: bool | None = None) -> nn.Module:
         """The function that adapters stand around: running statistics are held, as in eval mode."""
         made = self.model(dtype)
-        made.train(made.training if training is None else training)
-        for module in made.modules():
-            if isinstance(module, _NormBase):
-                module.eval()
-        return made
+        return statistics_held(made.train(made.training if training is None else training))
 
     def arguments(
         self, dtype: torch.dtype = torch.float32, track: bool = False
@@ -73,6 +69,13 @@ class Host:
         """Where torch has fused kernels for the base alone, the base is compared without them: they round otherwise,
         and give zeros at padded positions."""
         return without_fast_path() if self.fast_path else contextlib.nullcontext()
+
+
+def statistics_held(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            module.eval()
+    return model
 
 
 @contextlib.contextmanager
