@@ -75,6 +75,7 @@ def sharded(model: Any, **how: Any) -> Any:
 
 def two_adapters(column: Column) -> Any:
     model = network(column, name="first")
+    peftlib.activate(model)  # two copies of one weight are not active together
     put(model, column, name="second")
     peftlib.activate(moved(model, "second", seed=9), "first")
     return model

@@ -284,7 +284,7 @@ def test_merged_in_float32_the_output_is_the_live_one(base, column, record_prope
         refused(record_property, error)
         return
     errors = peftlib.eject(model, merge=True, dequantize=True)
-    assert close(logits(model), live, roundings=256)  # two layers of seven products of 128 terms
+    assert close(logits(model), live, roundings=2 * 7 * 128)  # two layers of seven products of 128 terms
     expected = [name for name, module in model.named_modules() if _is_target(name, column) and column.kind is not Full]
     assert list(errors) == expected
     for name, error in errors.items():

@@ -295,7 +295,7 @@ LAYERS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "one transposed matrix": (lambda: Bent(1, 4, 5), ("stack", "one")),
     "dilation": (lambda: nn.Conv1d(4, 6, 3, dilation=2), ("dilation (2,)",)),
     "reflected edges": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="reflect"), ("zeros",)),
-    "max_norm": (lambda: nn.Embedding(9, 6, max_norm=1.0), ("renormalises",)),
+    "max_norm": (lambda: nn.Embedding(9, 6, max_norm=1.0), ("max_norm",)),
     "a transposed convolution": (lambda: nn.ConvTranspose1d(4, 6, 3), ("ConvTranspose1d",)),
     "a recurrent layer": (lambda: nn.GRU(4, 5), ("GRU",)),
     "a bilinear layer": (lambda: nn.Bilinear(4, 5, 3), ("Bilinear",)),
