@@ -7,12 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._core.lost import require_all_there
 from .._core.walk import adapters, require
 from .._errors import AdapterError
 from ..files.container import Path, replacing, write_tensors
 from ..files.header import some
-from ..files.save_load import require_values
+from ..files.save_load import require_values, require_whole
 from ..hf.lora_layouts import Layout
 from ..hf.lora_pairs import MAGNITUDE, Pair, pairs_of
 from ..hf.lora_sites import PREFIX
@@ -65,7 +64,7 @@ def save(
         ['0']
     """
     dialect = dialect_of(layout, _WRITERS)
-    require_all_there(model, "save")
+    require_whole(model, "save")
     require(model, (name,))
     chosen = {key: at for key, at in components_of(dialect, components).items() if at is not None}
     _require_all_inside(model, name, chosen)

@@ -46,11 +46,10 @@ def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[
         >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
         >>> peftlib.save(model, os.path.join(tempfile.mkdtemp(), "adapter.safetensors"))
     """
-    require_all_there(model, "save")
+    require_whole(model, "save")
     require(model, (name,))
     metadata = {} if metadata is None else metadata
     _require_json(metadata)
-    require_buffers_held(model, "save")
     header: Header = {**_described(model, name), "metadata": metadata}
     tensors = _tensors(model, name)
     if writes_here(p for _, _, adapter in adapters(model, name) for p in adapter.parameters()):
@@ -59,8 +58,9 @@ def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[
         collections.deque(tensors, maxlen=0)
 
 
-def require_buffers_held(model: nn.Module, doing: str) -> None:
-    """The file holds the adapter alone: what else the function now rests on would be lost."""
+def require_whole(model: nn.Module, doing: str) -> None:
+    """A file, of whichever format, holds the adapter alone: it must all be there, and the base as it was."""
+    require_all_there(model, doing)
     moved = moved_buffers(model)
     if moved:
         raise AdapterError(

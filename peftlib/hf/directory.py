@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from .._core.adapter import Adapter
 from .._core.inject import Part
-from .._core.lost import require_all_there
 from .._core.walk import adapters, require
 from .._errors import AdapterError
 from ..files.container import Path, listed, opened, read_tensor, replacing, write_tensors
 from ..files.parts import install_parts
-from ..files.save_load import require_values
+from ..files.save_load import require_values, require_whole
 from ..kinds.full import Full
 from ..kinds.ia3 import IA3
 from ..kinds.prefix import Prefix
@@ -153,7 +152,7 @@ def save(
     """
     if target not in _TARGETS:
         raise AdapterError(f"target={target!r} is none of {', '.join(map(repr, _TARGETS))}. Pass one of them.")
-    require_all_there(model, "save")
+    require_whole(model, "save")
     require(model, (name,))
     found = [(model.get_submodule(host_name), adapter) for host_name, _, adapter in adapters(model, name)]
     modules = Modules(model)

@@ -170,6 +170,11 @@ def test_a_buffer_that_moves_all_the_same_is_named_by_verify_and_refused_by_save
     with pytest.raises(AdapterError, match=r"2\.codes"):
         peftlib.save(model, tmp_path / "after.safetensors")
     assert not (tmp_path / "after.safetensors").exists()
+    with pytest.raises(AdapterError, match=r"2\.codes"):
+        peftlib.hf.save(model, tmp_path / "directory")
+    with pytest.raises(AdapterError, match=r"2\.codes"):
+        peftlib.exchange.save(model, tmp_path / "kohya.safetensors", "kohya")
+    assert [path.name for path in tmp_path.iterdir()] == ["before.safetensors"]
     peftlib.eject(model)
     assert buffers(model) == before
 
