@@ -270,6 +270,23 @@ def test_importing_peftlib_imports_nothing_heavy():
     }  # fmt: skip
 
 
+def test_an_adapters_life_does_not_import_torchs_compiler(tmp_path):
+    # It takes 1.3 s, and a first `load` would pay for it.
+    life = f"""
+import sys, torch, peftlib
+model, file = torch.nn.Sequential(torch.nn.Linear(8, 8)), {str(tmp_path / "adapter.safetensors")!r}
+peftlib.inject(model, "0", peftlib.LoRA, rank=2, dropout=0.1)
+model(torch.ones(2, 8)).sum().backward()
+peftlib.save(model, file)
+peftlib.eject(model)
+peftlib.load(model, file)
+with peftlib.merged(model):
+    model(torch.ones(2, 8))
+print("torch._dynamo" in sys.modules)
+"""
+    assert fresh(life) == "False"
+
+
 def test_importing_peftlib_costs_at_most_a_tenth_of_a_second(monkeypatch):
     # Compiled, as pip installs it; time of the processor, the least of up to seven: what else a machine does only adds.
     # Without the collector: whether it comes due at this import or the next, it takes 80 ms for the objects of torch.

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._errors import AdapterError
 from .override import as_weights, overridden
 
+_COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 KINDS: dict[str, type["Adapter"]] = {}
 
 
@@ -194,10 +195,7 @@ def _composed(host: nn.Module, folds: list[Callable[[nn.Module], dict[str, Tenso
 
 def full_config(kind: type[Adapter], config: dict[str, Any]) -> dict[str, Any]:
     """The keywords with the constructor's defaults filled in, as they are saved: later defaults change no old file."""
-    bound = signature_of(kind).bind(None, **config)
-    bound.apply_defaults()
-    _, *given = bound.arguments.items()
-    full = {key: _dtype_name(value) for key, value in _flattened(kind, given)}
+    full = {key: _dtype_name(value) for key, value in {**_keywords(kind), **config}.items()}
     try:
         json.dumps(full, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -215,11 +213,11 @@ def takes_keyword(kind: type[Adapter], name: str) -> bool:
 signature_of = functools.cache(inspect.signature)  # 0.12 ms a call, and one is made for every host
 
 
-def _flattened(kind: type[Adapter], given: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Keywords that the constructor collects (`**kwargs`) stand beside the named ones."""
-    for key, value in given:
-        collects = signature_of(kind).parameters[key].kind is inspect.Parameter.VAR_KEYWORD
-        yield from value.items() if collects else [(key, value)]
+@functools.cache
+def _keywords(kind: type[Adapter]) -> dict[str, Any]:
+    """The constructor's keywords in their order, each with its default; what it collects (`**kwargs`) follows them."""
+    _, *named = signature_of(kind).parameters.values()
+    return {one.name: one.default for one in named if one.kind not in _COLLECTING}
 
 
 def _dtype_name(value: Any) -> Any:

@@ -207,7 +207,7 @@ def attach(name: str, host: Any, selection: Selection) -> None:
         return
     children = Adapters()
     children.selection = selection
-    children.train(host.training)
+    children.training = host.training
     place = place_of_forward(host)
     if place is not None:
         host.__dict__[_INNER] = host.__dict__[place]

@@ -189,7 +189,8 @@ def build(part: Part, name: str, on_meta: bool = False) -> Placed:
         adapter.config["seed"] = seed
         adapter.add_module("masks", Masks(*place))
     adapter.name = name
-    adapter.train(part.host.training)
+    if not part.host.training:
+        adapter.eval()
     return Placed(part.host_name, part.host, adapter)
 
 

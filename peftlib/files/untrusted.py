@@ -69,6 +69,10 @@ class Bounded(TorchDispatchMode):
         super().__init__()
         self.limit = limit
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nobody traces a load; torch would import its compiler, in 1.3 s, to be left alone by it
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         size = 0 if _is_on_meta(args, kwargs) else _size_of_result(func, args, kwargs)
