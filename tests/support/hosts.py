@@ -18,7 +18,7 @@ from support.reference import Layout, columns, rows, stack, transposed_kernel
 Weights = Mapping[str, Mapping[str, Layout]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Host:
     """A model, what it is called with, and which of its weights an adapter changes, by host and by name on the host."""
 
