@@ -1,31 +1,70 @@
 """Choosing which adapters act and which train; each choice can be undone by leaving a `with` block."""
 
+from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from .adapter import Adapter
 from .clone import clone
 from .host import Selection
 from .merge import merge, unmerge
 from .row_groups import Rows
-from .walk import adapters, remember_view, require, require_one_copy, require_unmerged
+from .table import html_table, table
+from .walk import adapters, remember_view, require, require_one_copy, require_unmerged, share_selection
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class Undo(Generic[M]):
-    """What a choice returns: the choice stands; leaving a `with` block takes it back."""
+    """What a choice returns: the choice stands; leaving a `with` block takes it back. It shows what acts by now."""
 
     def __init__(self, model: M, undo: Callable[[], object]) -> None:
         self._model, self._undo = model, undo
+
+    def __repr__(self) -> str:
+        said = [f"{name} {state} ({kinds})" for name, state, kinds, *_ in _what_acts(self._model)]
+        return f"{type(self._model).__name__}: {', '.join(said)}"
+
+    def __str__(self) -> str:
+        return table(_ACTING, _what_acts(self._model))
+
+    def _repr_html_(self) -> str:
+        return html_table(_ACTING, _what_acts(self._model))
 
     def __enter__(self) -> M:
         return self._model
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._undo()
+
+
+_ACTING = ("adapter", "state", "kinds", "parameters", "trainable")
+
+
+def _what_acts(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Of each adapter, in the order in which they came in: its state, the types of its parts, and what trains."""
+    found: dict[str, list[Adapter]] = {}
+    for _, name, adapter in adapters(model):
+        found.setdefault(name, []).append(adapter)
+    selection = share_selection(model)
+    return [(name, _state(selection, name), _kinds(parts), *_sizes(parts)) for name, parts in found.items()]
+
+
+def _state(selection: Selection, name: str) -> str:
+    acts = "active" if selection.rows is None else "routed"
+    return "merged" if name in selection.merged else acts if name in selection.active else "off"
+
+
+def _kinds(parts: list[Adapter]) -> str:
+    return ", ".join(f"{kind} ×{count}" for kind, count in Counter(type(part).__name__ for part in parts).items())
+
+
+def _sizes(parts: list[Adapter]) -> tuple[int, int]:
+    own = {id(p): p for part in parts for p in part.parameters()}.values()
+    return sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)
 
 
 def activate(model: M, *names: str) -> Undo[M]:

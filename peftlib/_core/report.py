@@ -11,7 +11,7 @@ from .freeze import statistics_held
 from .host import Selection
 from .inject import build, parts_to_inject
 from .quantized import weight_shape
-from .table import size, table
+from .table import equal_layers, html_table, size, table
 from .targets import Targets
 from .walk import adapters, candidates, require
 
@@ -29,7 +29,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `inject` would do; `str()` is a table."""
+    """What `inject` would do; `str()` is a table, with a row for equal layers, and a notebook shows it as one."""
 
     rows: tuple[PlanRow, ...]
 
@@ -43,13 +43,28 @@ class Plan:
         """Bytes of Adam's first and second moments in all, in the dtype of the parameters."""
         return sum(row.adam_bytes for row in self.rows)
 
+    def __repr__(self) -> str:
+        return f"Plan({self._total()})"
+
     def __str__(self) -> str:
-        rows = [
-            (row.host or "(root)", row.kind, _shapes(row.shapes), row.parameters, size(row.adam_bytes))
-            for row in self.rows
+        return f"{table(_PLANNED, self._shown())}\n{self._total()}"
+
+    def _repr_html_(self) -> str:
+        return html_table(_PLANNED, self._shown(), self._total())
+
+    def _total(self) -> str:
+        moments = f"{size(self.adam_bytes)} of Adam state"
+        return f"{len(self.rows)} adapters, {self.parameters:,} trainable parameters, {moments}"
+
+    def _shown(self) -> list[tuple[object, ...]]:
+        beside = [(r.host, (r.kind, _shapes(r.shapes), r.parameters, r.adam_bytes)) for r in self.rows]
+        return [
+            (host or "(root)", kind, shapes, n * parameters, size(n * adam_bytes))
+            for host, n, (kind, shapes, parameters, adam_bytes) in equal_layers(beside)
         ]
-        total = f"{len(rows)} adapters, {self.parameters:,} trainable parameters, {size(self.adam_bytes)} of Adam state"
-        return table(("host", "kind", "shapes", "parameters", "Adam state"), rows) + f"\n{total}"
+
+
+_PLANNED = ("host", "kind", "shapes", "parameters", "Adam state")
 
 
 def plan(model: nn.Module, targets: Targets, kind: type[Adapter], *, exclude: Targets = (), **config: Any) -> Plan:
@@ -109,7 +124,7 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a model holds; `str()` is a table."""
+    """What a model holds; `str()` is a table, with a row for equal layers, and a notebook shows it as one."""
 
     rows: tuple[SummaryRow, ...]
     base_parameters: int
@@ -125,15 +140,32 @@ class Summary:
         """Parameters with `requires_grad`, adapters and base together."""
         return self.base_trainable + sum(row.trainable for row in self.rows)
 
+    def __repr__(self) -> str:
+        return f"Summary({self._total()})"
+
     def __str__(self) -> str:
-        rows = [(r.host or "(root)", r.name, r.kind, r.state, r.parameters, r.trainable) for r in self.rows]
+        return f"{table(_HELD, self._shown())}\n{self._total()}"
+
+    def _repr_html_(self) -> str:
+        return html_table(_HELD, self._shown(), self._total())
+
+    def _total(self) -> str:
         everything = self.base_parameters + self.adapter_parameters
         share = 100 * self.trainable / max(1, everything)
-        total = (
+        return (
             f"{self.trainable:,} of {everything:,} parameters train ({share:.2f} %); "
             f"base {self.base_parameters:,}, adapters {self.adapter_parameters:,}"
         )
-        return table(("host", "adapter", "kind", "state", "parameters", "trainable"), rows) + f"\n{total}"
+
+    def _shown(self) -> list[tuple[object, ...]]:
+        beside = [(r.host, (r.name, r.kind, r.state, r.parameters, r.trainable)) for r in self.rows]
+        return [
+            (host or "(root)", *said, n * parameters, n * trainable)
+            for host, n, (*said, parameters, trainable) in equal_layers(beside)
+        ]
+
+
+_HELD = ("host", "adapter", "kind", "state", "parameters", "trainable")
 
 
 def summary(model: nn.Module) -> Summary:

@@ -16,6 +16,7 @@ from .lazy_weight import materialized
 from .lost import lost
 from .merge import merged
 from .quantized import quantized_as
+from .table import equal_lines, html_lines
 from .verify_rows import compare_rows
 from .walk import (
     adapters,
@@ -33,8 +34,9 @@ Gradients = dict[int, list[Tensor | None]]
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. It is true where there is no problem; `str()` lists the problems, and which weights a
-    low-rank adapter had to make whole, by the function that read them: right, and slower than it could be."""
+    """What `verify` found. It is true where there is no problem; `str()` lists the problems, those of equal layers in
+    one line, and which weights a low-rank adapter had to make whole, by the function that read them: right, and slower
+    than it could be."""
 
     problems: tuple[str, ...]
     difference: float | None
@@ -44,16 +46,28 @@ class Verification:
     def __bool__(self) -> bool:
         return not self.problems
 
+    def __repr__(self) -> str:
+        found = f"{len(self.problems)} problem{'s' * (len(self.problems) != 1)}" if self.problems else "no problem"
+        return f"Verification({found}; {self._agreement()})"
+
     def __str__(self) -> str:
-        agreement = (
-            "nothing that merges to compare"
-            if self.difference is None
-            else f"{self.compared} differ by {self.difference:.3g}"
-        )
+        return "\n".join([*self._findings(), self._agreement(), *equal_lines(self.materialized)])
+
+    def _repr_html_(self) -> str:
+        sign = "✗" if self.problems else "✓"
+        findings = [f"{sign} {finding}" for finding in self._findings()]
+        return html_lines(*findings, self._agreement(), *equal_lines(self.materialized))
+
+    def _findings(self) -> list[str]:
         fine = "every active adapter runs and learns; the base cannot move"
         if self.compared != Verification.compared:
             fine = "each group of rows gives what it gives alone"
-        return "\n".join([*(self.problems or [fine]), agreement, *self.materialized])
+        return equal_lines(self.problems) or [fine]
+
+    def _agreement(self) -> str:
+        if self.difference is None:
+            return "nothing that merges to compare"
+        return f"{self.compared} differ by {self.difference:.3g}"
 
 
 def verify(

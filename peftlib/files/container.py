@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._errors import AdapterError
-from .header import FORMAT, Header, parse, shown, strict_json
+from .header import FORMAT, FileHeader, Header, parse, shown, strict_json
 
 _KEY = "peftlib"
 _SUM = "peftlib.sha256"
@@ -35,16 +35,16 @@ _TOOLS = {
 Path = str | os.PathLike[str]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> FileHeader:
     """What a file says of itself, checked, without reading a tensor.
 
     Args:
         path: a file that `save` wrote.
 
     Returns:
-        dict: `format`, `version` (of peftlib), `name`, `configs` (a list of `{"kind", "config"}`), `hosts` (for each,
-        positions in `configs`), `base` (a fingerprint for each host), `metadata` (the user's own), `tensors` (for
-        each key, `{"dtype", "shape"}`).
+        FileHeader: a dict, which `print` and a notebook show as a table: `format`, `version` (of peftlib), `name`,
+        `configs` (a list of `{"kind", "config"}`), `hosts` (for each, positions in `configs`), `base` (a fingerprint
+        for each host), `metadata` (the user's own), `tensors` (for each key, `{"dtype", "shape"}`).
 
     Raises:
         AdapterError: not a safetensors file, not one of peftlib, a damaged header, a later format.
@@ -60,7 +60,7 @@ def read_header(path: Path) -> Header:
         {'task': 'reviews'}
     """
     with opened(path) as file:
-        return header_of(file, path)
+        return FileHeader(header_of(file, path))
 
 
 @contextlib.contextmanager

@@ -4,11 +4,43 @@ import json
 import math
 from typing import Any
 
+from .._core.table import equal_layers, html_table, table
 from .._errors import AdapterError
 
 FORMAT = 1
 
 Header = dict[str, Any]
+
+_SHAPES = ("tensor", "dtype", "shape")
+
+
+class FileHeader(dict[str, Any]):
+    """What `read_header` gives: a dict; `str()` is a table of the file's tensors, with a row for equal layers, and a
+    notebook shows it as one. What a stranger may have written in it is shown as plain text."""
+
+    def __repr__(self) -> str:
+        if not self.keys() >= {"name", "configs", "hosts", "tensors"}:  # somebody took a part out
+            return super().__repr__()
+        kinds = ", ".join(dict.fromkeys(shown(one["kind"]) for one in self["configs"]))
+        sizes = f"{len(self['hosts'])} modules, {len(self['tensors'])} tensors"
+        return f"FileHeader({shown(self['name'])}: {kinds} on {sizes})"
+
+    def __str__(self) -> str:
+        return "\n".join([table(_SHAPES, self._shown()), *self._lines()])
+
+    def _repr_html_(self) -> str:
+        return html_table(_SHAPES, self._shown(), *self._lines())
+
+    def _shown(self) -> list[tuple[object, ...]]:
+        rows = [(shown(key), (one["dtype"], str(one["shape"]))) for key, one in self["tensors"].items()]
+        return [(key, *beside) for key, _, beside in equal_layers(rows)]
+
+    def _lines(self) -> list[str]:
+        written = (f"{one['kind']} {json.dumps(one['config'])}" for one in self["configs"])
+        facts = (f"{key}: {json.dumps(value)}" for key, value in self["metadata"].items())
+        first = f"{shown(self['name'])}, by peftlib {shown(self['version'])}, format {self['format']}"
+        return [first, *map(shown, written), *map(shown, facts)]
+
 
 _FORM = {"version": str, "name": str, "configs": list, "hosts": dict, "base": dict, "metadata": dict}
 _SHOWN = 160

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from .._checks import require_at_least, require_whole_number
+from .._core.table import html_lines
 from .._errors import AdapterError
 
 
@@ -22,6 +23,15 @@ class Schedule:
     threshold: float = 0.0
     restore: bool = False
     chain: bool = False
+
+    def __repr__(self) -> str:
+        return f"Schedule({self.text})"
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_html_(self) -> str:
+        return html_lines(f"layer groups unfreeze: {self.text}")
 
     def stages(self, groups: int) -> list[set[int]]:
         """Which of so many groups train at each stage; the last group is the top."""

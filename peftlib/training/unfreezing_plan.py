@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from .._core.table import table
+from .._core.table import html_table, table
 from .layer_groups import LayerGroup
 
 
@@ -19,12 +19,21 @@ class Plan:
         self.stages = stages if counts is None else stages[: len(counts) + 1]
         self.sizes = [sum(p.numel() for p in group.parameters.values()) for group in groups]
 
+    def __repr__(self) -> str:
+        return f"Plan({self.title}: {len(self.groups)} groups, {len(self.stages)} stages)"
+
     def __str__(self) -> str:
-        rows = [
+        return f"{self.title}\n{table(*self._table())}"
+
+    def _repr_html_(self) -> str:
+        return f"{html_table(*self._table(), self.title)}{self.svg()}"
+
+    def _table(self) -> tuple[list[str], list[list[object]]]:
+        rows: list[list[object]] = [
             [self.counts[at] if self.counts else at, self._trains(at), sum(self.sizes[one] for one in stage)]
             for at, stage in enumerate(self.stages)
         ]
-        return f"{self.title}\n{table(['from' if self.counts else 'stage', 'trains', 'parameters'], rows)}"
+        return ["from" if self.counts else "stage", "trains", "parameters"], rows
 
     def _trains(self, at: int) -> str:
         stage = self.stages[at]
@@ -62,8 +71,6 @@ class Plan:
         size = f'width="{left + width + 24}" height="{bottom + 24}"'
         style = 'font-family="sans-serif" font-size="12" fill="#222"'
         return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
-
-    _repr_svg_ = svg
 
     def save(self, path: str | Path) -> None:
         """Writes the picture to an SVG file.
