@@ -232,6 +232,26 @@ def merging() -> Drawing:
     return drawing
 
 
+def rows() -> Drawing:
+    """A batch of five rows, each through adapters of its own, beside one product with the frozen weight."""
+    drawing = Drawing("rows of one batch go through adapters of their own, beside one base", 700, 230)
+    drawing.text(62, 22, "one batch", "d-small")
+    drawing.text(285, 22, "the base, once for all rows", "d-small")
+    drawing.text(470, 22, "each row's own adapters", "d-small")
+    drawing.box(240, 36, 90, 170, "W")
+    for at, names in enumerate((["ben"], ["anna"], [], ["anna", "ben"], ["ben"])):
+        y = 36 + 35 * at
+        drawing.box(20, y, 84, 30, f"row {at}")
+        drawing.line((104, y + 15), (240, y + 15))
+        drawing.line((330, y + 15), (400, y + 15))
+        for place, name in enumerate(names):
+            drawing.box(400 + 74 * place, y, 66, 30, name, "trained")
+        drawing.arrow((400 + 74 * len(names) - 8 * bool(names), y + 15), (620, y + 15))
+        drawing.text(634, y + 15, f"y{at}")
+    drawing.text(220, 222, 'route(model, ["ben", "anna", None, ("anna", "ben"), "ben"])', "d-small d-left")
+    return drawing
+
+
 def journey() -> Drawing:
     """The whole idea in a row: inject, train, then save, merge or eject."""
     drawing = Drawing("inject adapters, train them alone, then save, merge or eject them", 740, 210)
@@ -280,6 +300,7 @@ def all_drawings() -> dict[str, Drawing]:
     return {
         "journey": journey(),
         "merge": merging(),
+        "rows": rows(),
         "unfreezing": staircase(),
         "lora": typed("LoRA: a low-rank branch beside frozen weights", "q v", lora),
         "dora": typed("DoRA: LoRA, and a trained length for each row", "q v", dora),
