@@ -84,8 +84,16 @@ def is_differentiated(dY: Tensor) -> bool:
 
 
 def is_dense(x: Tensor, weight: Tensor, dropout: float) -> bool:
-    """Whether `lora_linear` runs in the fewest calls (`lora/small.py`): on a CPU, without dropout at any size."""
-    if x.dim() < 2 or not x.is_cpu or x.dtype != weight.dtype or not x.is_contiguous() or _is_any_autocast_enabled():
+    """Whether `lora_linear` runs in the fewest calls (`lora/small.py`): on a CPU, without dropout at any size.
+
+    On the meta device too, where a forward is run to learn what it keeps."""
+    if (
+        x.dim() < 2
+        or not (x.is_cpu or x.is_meta)
+        or x.dtype != weight.dtype
+        or not x.is_contiguous()
+        or _is_any_autocast_enabled()
+    ):
         return False
     if x.element_size() >= 4 and not dropout:
         return not interprets()
@@ -120,10 +128,14 @@ def _is_trained_leaf(tensor: Tensor) -> bool:
     return tensor.requires_grad and tensor.is_leaf
 
 
+def has_autocast(x: Tensor) -> bool:
+    """Whether autocast is on where `x` lives; on the meta device there is none, and torch raises when it is asked."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Inside, every cast is written out: autocast would cast operands again, and keep the casts."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if has_autocast(x) else nullcontext()
 
 
 # ---------------------------------------------------------------- the steps of LoRA: ATen, or a kernel

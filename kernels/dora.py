@@ -1,7 +1,6 @@
 """The row norms that DoRA divides by, from products no larger than the rank: the matrix itself is never made."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> T
     if is_transformed():  # no_grad lets tangents of forward mode through
         weight, lora_A, lora_B = weight.detach(), lora_A.detach(), lora_B.detach()
     lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
-    with nullcontext() if weight.is_meta else without_autocast(weight):
+    with without_autocast(weight):
         squares, projected = _passes_over(weight, lora_A)  # [..., out], [..., out, rank]
         cross = (projected * lora_B).sum(-1)
         own = (lora_B @ (lora_A @ lora_A.transpose(-2, -1)) * lora_B).sum(-1)

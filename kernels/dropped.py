@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .dispatch import apply, as_own_tensor, is_transformed
+from .dispatch import apply, as_own_tensor, has_autocast, is_transformed
 from .dropout import draw_seed, survivors_scale
 from .lora.aten import keep_mask
 
@@ -71,12 +71,11 @@ class _Dropped(Function):
 
 
 def _autocast(x: Tensor) -> dict[str, Any]:
+    """Without the cache: it would hold casts that were made here without gradient, and a later pass would take them."""
+    if not has_autocast(x):
+        return {"device_type": "cpu" if x.is_meta else x.device.type, "enabled": False}
     device = x.device.type
-    enabled = torch.is_autocast_enabled(device)
-    # Without the cache: it would hold casts that were made here without gradient, and a later pass would take them.
-    return {
-        "device_type": device, "enabled": enabled, "dtype": torch.get_autocast_dtype(device), "cache_enabled": False
-    }  # fmt: skip
+    return {"device_type": device, "dtype": torch.get_autocast_dtype(device), "cache_enabled": False}
 
 
 def _of_dropped(of: Callable[..., Tensor], dropout: float, seed: Tensor, x: Tensor, *weights: Tensor) -> Tensor:

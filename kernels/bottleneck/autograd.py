@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from .. import dispatch
-from ..dispatch import as_own_tensor, is_differentiated, without_autocast
+from ..dispatch import as_own_tensor, has_autocast, is_differentiated, without_autocast
 from ..dropout import KeepMask, draw_seed, survivors_scale
 from ..lora.aten import gemm_dtype
 from . import reference
@@ -187,9 +187,8 @@ def plain_form(
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if casts else x.dtype
+    casts = has_autocast(x) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from ..dispatch import as_own_tensor, is_differentiated, lora_steps, without_autocast
+from ..dispatch import as_own_tensor, has_autocast, is_differentiated, lora_steps, without_autocast
 from . import reference
 from .aten import gemm_dtype
 
@@ -139,10 +139,9 @@ def _accumulates_alike(x: Tensor, weight: Tensor) -> bool:
 
 def as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gives the operands of F.linear as autocast would cast them."""
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if not has_autocast(x) or x.dtype == torch.float64:
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
