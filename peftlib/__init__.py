@@ -16,7 +16,6 @@ from ._core.merge import merge as merge
 from ._core.merge import merged as merged
 from ._core.merge import merged_state_dict as merged_state_dict
 from ._core.merge import unmerge as unmerge
-from ._core.report import plan as plan
 from ._core.report import summary as summary
 from ._core.route import route as route
 from ._core.verify import verify as verify
@@ -34,6 +33,7 @@ from .kinds.lora import LoRA as LoRA
 from .kinds.prefix import Prefix as Prefix
 from .kinds.prompt import Prompt as Prompt
 from .parallel import tensor_parallel as tensor_parallel
+from .planning.plan import plan as plan
 from .training import schedules as schedules
 from .training.distillation import distill as distill
 from .training.layer_groups import layer_groups as layer_groups

@@ -20,7 +20,7 @@ PACKAGES = [
     "_errors kernels",
     "_core _checks",
     "kinds files training parallel",
-    "hf",
+    "hf planning",
     "exchange",
     "peftlib",
 ]
@@ -67,6 +67,7 @@ FILES = {
     ],
     "kinds.prefix": ["_context _heads", "_flex _multihead", "_transformers _torch_attention", "prefix"],
     "files": ["header untrusted", "container fingerprint", "rebuild", "save_load parts"],
+    "planning": ["forecast", "plan"],
     "training": [
         "schedules layer_groups regularizers distillation",
         "frozen learning_rates unfreezing_plan",

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -147,11 +147,27 @@ def _version() -> str:
 
 def write(path: Path, tensors: Iterable[tuple[str, Tensor]], header: Header) -> None:
     """Beside the target, synced, then renamed over it: the file is the old one or the new one, whole."""
-    text = json.dumps({"format": FORMAT, "version": _version(), **header}, allow_nan=False)
+    text = _text(header)
     with replacing(path) as temporary:
         parse(text, _target(path))  # what could not be read back is not written
         held = dict(tensors)
         save_file(held, temporary, {"format": "pt", _KEY: text, _SUM: _sum(text, held)})
+
+
+def _text(header: Header) -> str:
+    return json.dumps({"format": FORMAT, "version": _version(), **header}, allow_nan=False)
+
+
+def size_of(header: Header, tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the file that `write` would make, from the shapes alone: 8 for the length of what describes the tensors,
+    that padded to a multiple of 8, and the tensors."""
+    metadata = {"format": "pt", _KEY: _text(header), _SUM: "0" * hashlib.sha256().digest_size * 2}
+    described: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for key, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        described[key] = {"dtype": "F32", "shape": [*tensor.shape], "data_offsets": [start, end]}
+    return 8 + -(-len(json.dumps(described, separators=(",", ":"))) // 8) * 8 + end
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

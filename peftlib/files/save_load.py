@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.adapter import Adapter
 from .._core.freeze import moved_buffers
 from .._core.host import parts
 from .._core.inject import Placed, install, require_changeable, require_free, require_name
@@ -50,7 +49,7 @@ def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[
     require(model, (name,))
     metadata = {} if metadata is None else metadata
     _require_json(metadata)
-    header: Header = {**_described(model, name), "metadata": metadata}
+    header: Header = {**described(placed_in(model, name), name), "metadata": metadata}
     tensors = _tensors(model, name)
     if writes_here(p for _, _, adapter in adapters(model, name) for p in adapter.parameters()):
         write(path, [*tensors], header)  # all gathered before anything can fail here alone
@@ -105,22 +104,34 @@ def require_values(tensor: Any, where: str) -> None:
         raise AdapterError(f"{where}: it holds NaN or infinity, so it would be refused at load. Save a finite adapter.")
 
 
-def _described(model: nn.Module, name: str) -> Header:
+def placed_in(model: nn.Module, name: str) -> Iterator[Placed]:
+    return (Placed(host_name, host, adapter) for host_name, host in hosts(model) for adapter in parts(host, (name,)))
+
+
+def described(there: Iterable[Placed], name: str) -> Header:
+    """The header of a file of these adapters, but for the user's metadata."""
     configs: list[dict[str, Any]] = []
     positions: dict[str, list[int]] = {}
     base: dict[str, Any] = {}
-    for host_name, host in hosts(model):
-        for adapter in parts(host, (name,)):
-            config = {"kind": type(adapter).__name__, "config": adapter.config}
+    for host_name, items in _by_host(there).items():
+        for item in items:
+            config = {"kind": type(item.adapter).__name__, "config": item.adapter.config}
             if config not in configs:
                 configs.append(config)
             positions.setdefault(host_name, []).append(configs.index(config))
-            base[host_name] = fingerprint(host, _replaced(parts(host, (name,))))
+        base[host_name] = fingerprint(items[0].host, _replaced(items))
     return {"name": name, "configs": configs, "hosts": positions, "base": base}
 
 
-def _replaced(there: list[Adapter]) -> set[str]:
-    return {weight for adapter in there for weight in adapter.replaces}
+def _by_host(there: Iterable[Placed]) -> dict[str, list[Placed]]:
+    by_host: dict[str, list[Placed]] = {}
+    for item in there:
+        by_host.setdefault(item.host_name, []).append(item)
+    return by_host
+
+
+def _replaced(items: list[Placed]) -> set[str]:
+    return {weight for item in items for weight in item.adapter.replaces}
 
 
 def load(model: nn.Module, path: Path, name: str | None = None, *, strict: bool = True) -> list[str]:
@@ -171,13 +182,10 @@ def load(model: nn.Module, path: Path, name: str | None = None, *, strict: bool 
 
 
 def _require_base(placed: list[Placed], header: Header, path: str) -> None:
-    by_host: dict[str, list[Placed]] = {}
-    for item in placed:
-        by_host.setdefault(item.host_name, []).append(item)
-    other = {}
-    for host_name, items in by_host.items():
-        found = fingerprint(items[0].host, _replaced([item.adapter for item in items]))
-        other[host_name] = differs(header["base"][host_name], found)
+    other = {
+        host_name: differs(header["base"][host_name], fingerprint(items[0].host, _replaced(items)))
+        for host_name, items in _by_host(placed).items()
+    }
     wrong = [f"{host_name or 'the root'} {how}" for host_name, how in other.items() if how]
     if wrong:
         raise AdapterError(

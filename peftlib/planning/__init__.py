@@ -1,0 +1,1 @@
+"""What an injection would do and cost, said before it is done."""
