@@ -40,7 +40,7 @@ FILES = {
         "lora bottleneck",
     ],
     "_core": [
-        "targets override table foreign containers reads randomness swap",
+        "targets override table foreign containers reads randomness swap weights",
         "quantized adapter row_groups",
         "clone guesses lazy_weight row_layout",
         "rows",

@@ -333,9 +333,11 @@ def keyed(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def dense(
-    kind: Kind, host: Host, model: nn.Module, dtype: torch.dtype, wide: torch.dtype, draw: int = 0, **how: Any
-) -> Result:
-    """The base with weights W' written by hand from the adapters in `model`, of a base in `dtype` run in `wide`.
+    kind: Kind, host: Host, model: nn.Module, dtype: torch.dtype, wide: torch.dtype, draw: int = 0,
+    weight: float = 1.0, **how: Any,
+) -> Result:  # fmt: skip
+    """The base with weights W' written by hand from the adapters in `model`, of a base in `dtype` run in `wide`; with a
+    weight W + w (W' − W) in their place, and y + w (y' − y) of what the kind gives beside its host.
 
     Its gradients of W' go on to A and B through the hand-written expression alone, in float64. `draw` moves W' by at
     most the half unit that rounding it moves it by."""
@@ -354,24 +356,42 @@ def dense(
             continue
         found = kind.weights(host, at, part.config, base.get_submodule(at), own | fixed)
         expressions |= {f"{at}.{path}".lstrip("."): value for path, value in found.items()}
+    if kind.weights is not None and weight != 1.0:
+        expressions = {name: _between(_named(base, name).detach(), to, weight) for name, to in expressions.items()}
     torch.manual_seed(draw)
     base = base.to(wide)
     apart = {name: jitter(value, wide) if draw else value for name, value in expressions.items()}
     if kind.weights is None:
         folded = {name: value.detach().to(wide).requires_grad_() for name, value in apart.items()}
-        stand_beside(kind, base, peftlib.adapters(model), folded)
+        stand_beside(kind, base, peftlib.adapters(model), folded, weight)
     else:
         folded = {name: reference.replace(base, name, value) for name, value in apart.items()}
     found = _run_dense(base, host, dtype, wide, expressions, folded, leaves, **how)
     return dataclasses.replace(found, roundings=kind.roundings)
 
 
-def stand_beside(kind: Kind, base: nn.Module, adapters: Any, folded: Leaves) -> None:
+def _named(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
+
+
+def _between(own: Tensor, to: Tensor, weight: float) -> Tensor:
+    return own + weight * (to - own)
+
+
+def stand_beside(kind: Kind, base: nn.Module, adapters: Any, folded: Leaves, weight: float = 1.0) -> None:
     """Changes what each adapted module of the base gives, as the row says it by hand."""
     for at, name, part in adapters:
         leaves = {key: folded[f"{at} {name} {key}"] for key, _ in part.named_parameters()}
-        beside: Any = functools.partial(kind.beside, part.config, leaves)
+        beside: Any = functools.partial(_beside, kind, part.config, leaves, weight)
         base.get_submodule(at).register_forward_hook(beside, with_kwargs=True)
+
+
+def _beside(kind: Any, config: Any, leaves: Leaves, weight: float, owner: Any, args: Any, kwargs: Any, y: Any) -> Any:
+    changed = kind.beside(config, leaves, owner, args, kwargs, y)
+    if weight == 1.0:
+        return changed
+    return tree_map(lambda own, to: to if to is own else _between(own, to, weight), y, changed)
 
 
 def jitter(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -575,6 +595,39 @@ def test_live_merged_and_gradients_equal_the_dense_float64_reference(kind, host,
     if not refuses_merge(kind, host):
         with peftlib.merged(model), host.base_path():
             assert_close(Result(plain_call(model, host, dtype)), exact, rounded, dtype)
+
+
+def refuses_weight(kind: Kind, host: Host) -> bool:
+    """Running statistics of its own, which move in training."""
+    return kind.kind is peftlib.Full and host.name.startswith("batch-norm")
+
+
+@table(MAIN)
+def test_a_weight_multiplies_what_the_adapter_changes(kind, host):
+    """Outputs, gradients and the merged weight, by the dense reference; with 1 it is to the bit what it was, and with
+    0 what it is without the adapter."""
+    model = adapted(kind, host, torch.float64)
+    if refuses_weight(kind, host):
+        with refused(model, "default", "Full", "1"):
+            peftlib.activate(model, {"default": 0.6})
+        return
+    for _, _, part in peftlib.adapters(model) if kind.random else ():
+        part.eval()
+    before = plain_call(model, host, torch.float64)
+    for weight in (0.6, -1.5):
+        with peftlib.activate(model, {"default": weight}):
+            exact = dense(kind, host, model, torch.float64, torch.float64, weight=weight)
+            assert_close(live(model, host, torch.float64), exact, [], torch.float64)
+            if not refuses_merge(kind, host):
+                with peftlib.merged(model), host.base_path():
+                    assert_close(Result(plain_call(model, host, torch.float64)), exact, [], torch.float64)
+    with peftlib.activate(model, {"default": 0}):
+        without = plain_call(model, host, torch.float64)
+    with peftlib.activate(model):
+        assert same(without, plain_call(model, host, torch.float64))
+    with peftlib.activate(model, {"default": 1}):
+        found = plain_call(model, host, torch.float64)
+    assert host.name.endswith("max-norm") or same(found, before)  # the base renormalises its own weights when it runs
 
 
 def _half(y: Tensor) -> tuple[slice, ...]:

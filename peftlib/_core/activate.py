@@ -13,7 +13,16 @@ from .host import Selection
 from .merge import merge, unmerge
 from .row_groups import Rows
 from .table import html_table, table
-from .walk import adapters, remember_view, require, require_one_copy, require_unmerged, share_selection
+from .walk import (
+    adapters,
+    remember_view,
+    require,
+    require_one_copy,
+    require_scalable,
+    require_unmerged,
+    share_selection,
+)
+from .weights import Choice, Chosen, Weights, chosen, with_weight
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -55,7 +64,8 @@ def _what_acts(model: nn.Module) -> list[tuple[Any, ...]]:
 
 def _state(selection: Selection, name: str) -> str:
     acts = "active" if selection.rows is None else "routed"
-    return "merged" if name in selection.merged else acts if name in selection.active else "off"
+    state = "merged" if name in selection.merged else acts if name in selection.active else "off"
+    return with_weight(state, selection.weights.get(name))
 
 
 def _kinds(parts: list[Adapter]) -> str:
@@ -67,22 +77,29 @@ def _sizes(parts: list[Adapter]) -> tuple[int, int]:
     return sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)
 
 
-def activate(model: M, *names: str) -> Undo[M]:
-    """Makes exactly these adapters act, their effects summed; with no name, the base alone.
+def activate(model: M, *names: Choice) -> Undo[M]:
+    r"""Makes exactly these adapters act, their effects summed; with no name, the base alone.
+
+    .. math:: y = \mathrm{model}_{W + \sum_i w_i \Delta W_i}(x), \qquad w_i = 1 \text{ unless it is said}
+
+    A mapping gives adapters a weight, on top of their own scale: of an adapter with a merged weight it multiplies the
+    change of the weight, of a `Bottleneck` and a gated `Prefix` what they add. Nothing is copied, and under
+    `torch.compile` another value is no other graph. A weight of 1 is none, and 0 switches an adapter off.
 
     Costs one bare walk over the modules, and moves no `requires_grad` (`train_only` does); a `view` needs no walk. A
     merged model is unmerged for it, and merged again when a `with` block is left.
 
     Args:
         model: a model with adapters.
-        *names: adapters; default none.
+        *names: adapters, or mappings of adapters to their weights; default none.
 
     Returns:
         A context manager whose exit brings the previous choice back; using it is optional.
 
     Raises:
         AdapterError: an absent name, two adapters that each have a copy (`Full`) of one weight, a merged model that has
-            a live view.
+            a live view; a weight that is no finite number, or of an adapter that cannot be scaled (`Prompt`, a `Prefix`
+            without gate, `Full` on running statistics).
 
     Example:
         >>> import torch, peftlib
@@ -90,32 +107,49 @@ def activate(model: M, *names: str) -> Undo[M]:
         >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
         >>> with peftlib.activate(model):
         ...     base_output = model(torch.ones(1, 4))
+        >>> with peftlib.activate(model, {"default": 0.7}):
+        ...     weaker = model(torch.ones(1, 4))
     """
-    selection = require(model, names)
-    require_one_copy(model, names, "activate")
-    return choose(model, selection, tuple(dict.fromkeys(names)), None)
+    selection, choice = _known(model, names, "activate")
+    return choose(model, selection, choice.names, choice.weights or {}, None)
 
 
-def choose(model: M, selection: Selection, names: tuple[str, ...], rows: Rows | None) -> Undo[M]:
-    merged = selection.merged
+def _known(model: nn.Module, names: tuple[Choice, ...], doing: str) -> tuple[Selection, Chosen]:
+    choice = chosen(names, doing)
+    selection = require(model, choice.named)
+    require_one_copy(model, choice.names, doing)
+    require_scalable(model, choice.weights or (), doing)
+    return selection, choice
+
+
+def choose(model: M, selection: Selection, names: tuple[str, ...], weights: Weights, rows: Rows | None) -> Undo[M]:
+    merged = (selection.merged, selection.weights) if selection.merged else None
     if merged:
         unmerge(model)
-    before = selection.active, selection.rows
-    selection.active, selection.rows = names, rows
+    before = selection.active, selection.weights, selection.rows
+    selection.active, selection.weights, selection.rows = names, weights, rows
     return Undo(model, lambda: _choose_again(model, selection, *before, merged))
 
 
 def _choose_again(
-    model: nn.Module, selection: Selection, names: tuple[str, ...], rows: Rows | None, merged: tuple[str, ...]
+    model: nn.Module,
+    selection: Selection,
+    names: tuple[str, ...],
+    weights: Weights,
+    rows: Rows | None,
+    merged: tuple[tuple[str, ...], Weights] | None,
 ) -> None:
     """A model that was merged inside the block goes back to the choice when it is unmerged."""
-    known, folded = (tuple(name for name in each if name in selection.count) for each in (names, merged))
+    known = tuple(name for name in names if name in selection.count)
+    weights = {name: weights[name] for name in known if name in weights}
     if selection.merged:
-        selection.active_before_merge = known
+        selection.active_before_merge, selection.weights_before_merge = known, weights
         return
-    selection.active, selection.rows = known, rows if known == names else None
-    if folded:
-        merge(model, *folded)
+    selection.active, selection.weights, selection.rows = known, weights, rows if known == names else None
+    if merged:
+        folded, own = merged
+        numbers = {name: own[name].item() if name in own else 1.0 for name in folded if name in selection.count}
+        merge(model, *([numbers] if numbers else []))
 
 
 def train_only(model: M, *names: str) -> Undo[M]:
@@ -145,7 +179,7 @@ def train_only(model: M, *names: str) -> Undo[M]:
     return Undo(model, lambda: [p.requires_grad_(on) for p, on in before])
 
 
-def view(model: M, *names: str) -> M:
+def view(model: M, *names: Choice) -> M:
     """A view of the model: the same parameters and buffers, with a selection of its own.
 
     Threads, or compiled graphs, can so hold different adapters of one base at the same time. While a view is alive,
@@ -153,13 +187,13 @@ def view(model: M, *names: str) -> M:
 
     Args:
         model: a model with adapters; it must survive `copy.deepcopy`.
-        *names: adapters that act in the view; default none, the base alone.
+        *names: adapters that act in the view, as in `activate`; default none, the base alone.
 
     Returns:
         A module of the same class. It ends when nothing refers to it any more.
 
     Raises:
-        AdapterError: an absent name, a merged model.
+        AdapterError: a merged model, and what `activate` refuses.
 
     Example:
         >>> import torch, peftlib
@@ -169,11 +203,10 @@ def view(model: M, *names: str) -> M:
         >>> base[0].weight is model[0].weight
         True
     """
-    original = require(model, names)
+    original, choice = _known(model, names, "view")
     require_unmerged(original, "view")
-    require_one_copy(model, names, "view")
     other: Any = clone(model)
     selection = require(other)
-    selection.active, selection.rows = tuple(dict.fromkeys(names)), None
+    selection.active, selection.weights, selection.rows = choice.names, choice.weights or {}, None
     remember_view(original, selection)
     return other

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .._errors import AdapterError
-from .override import as_weights, overridden
+from .override import as_weights, overridden, weight_of
+from .weights import blended
 
 _COLLECTING = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 KINDS: dict[str, type["Adapter"]] = {}
@@ -107,6 +109,20 @@ class Adapter(nn.Module):
         draws = masks is not None and self.training and getattr(self, "dropout", True)
         return of(*args, **kwargs) if masks is None or not draws else masks.around(of, *args, **kwargs)
 
+    def weight_in(self, host: nn.Module) -> float | Tensor:
+        """What `activate` multiplies this adapter's effect by, 1.0 unless it was given a weight. Compiled it is a
+        tensor [], so that one graph serves every value."""
+        children: Any = host._modules.get("adapters")
+        weights = None if children is None else children.selection.weights
+        if not weights or self.name not in weights:
+            return 1.0
+        return weights[self.name] if is_compiling() else weights[self.name].item()
+
+    def takes_weight(self, host: nn.Module) -> bool:
+        """Whether this adapter's effect can be scaled. A type whose forward follows from its fold needs to do nothing
+        for it; any other says that it multiplies by `weight_in(host)`, in both, itself."""
+        return _follows_from_fold(self)
+
     def follows_call(self, host: nn.Module) -> bool:
         """Whether `forward` calls the host once, with what it was given itself, and only changes what comes back, each
         row by itself. One call of the host then serves the rows of many adapters."""
@@ -175,22 +191,35 @@ def unwrapped(
     return folding[::-1], call
 
 
+def _follows_from_fold(adapter: Adapter) -> bool:
+    return type(adapter).forward is Adapter.forward and can_be_merged(adapter)
+
+
 def fold_all(host: nn.Module, adapters: list[Adapter]) -> dict[str, Tensor]:
     """What the host's weights become, each fold on what the one before it gave, unrounded."""
-    return _composed(host, [adapter.fold for adapter in adapters])
+    return _composed(host, adapters, lambda adapter: adapter.fold(host))
 
 
 def fold_for_call(host: nn.Module, adapters: list[Adapter]) -> dict[str, Tensor]:
     """The same for the time of one call."""
-    return _composed(host, [adapter.fold_for_call for adapter in adapters])
+    return _composed(host, adapters, lambda adapter: adapter.fold_for_call(host))
 
 
-def _composed(host: nn.Module, folds: list[Callable[[nn.Module], dict[str, Tensor]]]) -> dict[str, Tensor]:
+def _composed(
+    host: nn.Module, adapters: list[Adapter], fold: Callable[[Adapter], dict[str, Tensor]]
+) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
-    for fold in folds:
+    for adapter in adapters:
         with overridden(host, values):
-            values = {**values, **fold(host)}
+            values = {**values, **_weighted(host, adapter, fold(adapter))}
     return values
+
+
+def _weighted(host: nn.Module, adapter: Adapter, folded: dict[str, Tensor]) -> dict[str, Tensor]:
+    weight = adapter.weight_in(host) if _follows_from_fold(adapter) else 1.0
+    if isinstance(weight, float) and weight == 1.0:
+        return folded
+    return {path: blended(weight_of(host, path), value, weight) for path, value in folded.items()}
 
 
 def full_config(kind: type[Adapter], config: dict[str, Any]) -> dict[str, Any]:

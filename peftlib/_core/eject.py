@@ -76,7 +76,9 @@ def eject(
         with all_or_nothing(model):  # the copies are among what it brings back, so that unmerge finds them
             _take_out(model, name, keep_buffers=True)
             selection.active = tuple(other for other in selection.active_before_merge if other in selection.count)
-            selection.merged = ()
+            before = selection.weights_before_merge
+            selection.weights = {other: before[other] for other in selection.active if other in before}
+            selection.merged, selection.weights_before_merge = (), {}
             forget_backups(model)
     except BaseException:
         if not folded_before:

@@ -17,6 +17,7 @@ from .containers import methods_of_items
 from .foreign import FAST_PATHS, is_bound, is_symbolic, node_in_graph, place_of_forward, statistics_in
 from .row_groups import Rows
 from .rows import by_rows
+from .weights import Weights
 
 _INNER = "_inner_forward"
 BUFFERS = "_peftlib_buffers"  # on a module of a frozen base: its buffers as they were when adapters came in
@@ -32,9 +33,11 @@ class Selection:
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
+        self.weights: Weights = {}  # of those active, or merged, that have another than 1
         self.rows: Rows | None = None  # where it is not one choice for all rows; then `active` are all that it names
         self.merged: tuple[str, ...] = ()
         self.active_before_merge: tuple[str, ...] = ()
+        self.weights_before_merge: Weights = {}
         self.count: dict[str, int] = {}
         self.load: tuple[list[str], list[str] | None] | None = None
         self.reloaded = False
@@ -262,6 +265,7 @@ def take(host: nn.Module, adapter: Adapter) -> None:
     if not selection.count[adapter.name]:
         del selection.count[adapter.name]
         selection.active = tuple(name for name in selection.active if name != adapter.name)
+        selection.weights = {name: weight for name, weight in selection.weights.items() if name != adapter.name}
 
 
 def require_on_top(name: str, host: nn.Module) -> None:

@@ -33,7 +33,7 @@ class LowRank(NamedTuple):
     rank] and R [*stack, rank, *rest], beside a weight [*stack, rows, *rest]."""
 
     pairs: tuple[tuple[Tensor, Tensor], ...]
-    scale: float
+    scale: float | Tensor
     dropout: float
     adapter: nn.Module
 

@@ -102,6 +102,7 @@ def _recount(model: nn.Module) -> None:
     for selection, count in found.items():
         selection.count = {name: count[name] for name in selection.count if name in count}
         selection.active = tuple(name for name in selection.active if name in count)
+        selection.weights = {name: weight for name, weight in selection.weights.items() if name in count}
 
 
 def _named(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -20,14 +20,16 @@ from .walk import (
     require,
     require_no_views,
     require_one_copy,
+    require_scalable,
     require_unmerged,
     require_unrouted,
 )
+from .weights import Choice, Weights, chosen
 
 _BACKUP = "_peftlib_backup"
 
 
-def merge(model: nn.Module, *names: str, backup: str = "device") -> None:
+def merge(model: nn.Module, *names: Choice, backup: str = "device") -> None:
     r"""Folds adapters into the base weights, so that the model runs as fast as the base.
 
     .. math:: W \leftarrow \mathrm{round}(\mathrm{fold}(W)), \text{ computed in float32 or wider and rounded once}
@@ -37,7 +39,8 @@ def merge(model: nn.Module, *names: str, backup: str = "device") -> None:
 
     Args:
         model: any module with adapters.
-        *names: adapters to fold, in their nesting order; default the active ones.
+        *names: adapters to fold, in their nesting order, or mappings of them to weights, as in `activate`; default the
+            active ones. A name alone has the weight with which it is active.
         backup: where the copies for `unmerge` are kept: "device" beside the weights, or "cpu".
 
     Raises:
@@ -53,11 +56,11 @@ def merge(model: nn.Module, *names: str, backup: str = "device") -> None:
     """
     if backup not in ("device", "cpu"):
         raise ValueError(f'backup={backup!r}: expected "device" or "cpu"')
-    selection, names = _ready_to_fold(model, names, "merge")
+    selection, folded, weights = _ready_to_fold(model, names, "merge")
     written: list[tuple[nn.Module, str, Tensor]] = []
     try:
         with torch.no_grad():
-            for _, items in folded_by_host(model, names):
+            for _, items in folded_by_host(model, folded, weights):
                 for item in items:
                     rounded = item.rounded()
                     kept, by_swap = hold(item.base, rounded, item.base.device if backup == "device" else "cpu")
@@ -68,7 +71,8 @@ def merge(model: nn.Module, *names: str, backup: str = "device") -> None:
         raise
     for owner, leaf, kept in written:
         owner.__dict__.setdefault(_BACKUP, {})[leaf] = kept
-    selection.merged, selection.active_before_merge, selection.active = names, selection.active, ()
+    selection.active_before_merge, selection.weights_before_merge = selection.active, selection.weights
+    selection.merged, selection.weights, selection.active = folded, weights, ()
 
 
 def unmerge(model: nn.Module) -> None:
@@ -102,6 +106,7 @@ def unmerge(model: nn.Module) -> None:
                 _exchange(owner, leaf)
         raise
     selection.merged, selection.active = (), selection.active_before_merge
+    selection.weights, selection.weights_before_merge = selection.weights_before_merge, {}
 
 
 @torch.no_grad()
@@ -123,12 +128,12 @@ def forget_backups(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def merged(model: nn.Module, *names: str, backup: str = "device") -> Iterator[nn.Module]:
+def merged(model: nn.Module, *names: Choice, backup: str = "device") -> Iterator[nn.Module]:
     """`merge` for the length of a `with` block; `unmerge` follows, after an exception too.
 
     Args:
         model: any module with adapters.
-        *names: adapters to fold; default the active ones.
+        *names: adapters to fold, as in `merge`; default the active ones.
         backup: "device" or "cpu", as in `merge`.
 
     Yields:
@@ -151,14 +156,14 @@ def merged(model: nn.Module, *names: str, backup: str = "device") -> Iterator[nn
         unmerge(model)
 
 
-def merged_state_dict(model: nn.Module, *names: str) -> Iterator[tuple[str, Tensor]]:
+def merged_state_dict(model: nn.Module, *names: Choice) -> Iterator[tuple[str, Tensor]]:
     """The base's state dict with adapters folded in, one tensor at a time, under the base's own keys.
 
     The model is not touched, and beyond it no more than one host's weights are held at once.
 
     Args:
         model: any module with adapters.
-        *names: adapters to fold; default the active ones, or the merged ones of a merged model.
+        *names: adapters to fold, as in `merge`; default the active ones, or the merged ones of a merged model.
 
     Returns:
         Iterator of (key, tensor), in the order of `state_dict()`.
@@ -173,11 +178,13 @@ def merged_state_dict(model: nn.Module, *names: str) -> Iterator[tuple[str, Tens
         >>> [key for key, tensor in peftlib.merged_state_dict(model)]
         ['0.weight', '0.bias']
     """
-    selection = require(model, names)
-    if selection.merged and set(names or selection.merged) == set(selection.merged):
+    choice = chosen(names, "merged_state_dict")
+    selection = require(model, choice.named)
+    is_there = set(choice.names or selection.merged) == set(selection.merged)
+    if selection.merged and is_there and choice.weights in (None, selection.weights):
         return _stream(model, iter(()))
-    _, names = _ready_to_fold(model, names, "merged_state_dict", views_matter=False)
-    return _stream(model, folded_by_host(model, names))
+    _, folded, weights = _ready_to_fold(model, names, "merged_state_dict", views_matter=False)
+    return _stream(model, folded_by_host(model, folded, weights))
 
 
 @torch.no_grad()
@@ -214,16 +221,19 @@ def _prefixes(key: str) -> list[str]:
 
 
 def _ready_to_fold(
-    model: nn.Module, names: tuple[str, ...], doing: str, views_matter: bool = True
-) -> tuple[Selection, tuple[str, ...]]:
+    model: nn.Module, choices: tuple[Choice, ...], doing: str, views_matter: bool = True
+) -> tuple[Selection, tuple[str, ...], Weights]:
     require_all_there(model, doing)
-    selection = require(model, names)
+    choice = chosen(choices, doing)
+    selection = require(model, choice.named)
     if views_matter:
         require_no_views(selection, doing)
     require_unmerged(selection, doing)
     require_unrouted(selection, doing)
-    names = tuple(dict.fromkeys(names)) or selection.active
+    names = choice.names or (() if choice.named else selection.active)
+    known = selection.weights if choice.weights is None else choice.weights
     require_one_copy(model, names, doing)
+    require_scalable(model, choice.weights or (), doing)
     if not names:
         raise AdapterError(f"{doing}: no adapter is active. Name one of {', '.join(map(repr, selection.count))}.")
     for host_name, name, adapter in adapters(model):
@@ -232,7 +242,7 @@ def _ready_to_fold(
                 f'{doing}: "{name}" holds a {type(adapter).__name__} on {host_name or "the root"}, which cannot '
                 "be merged. Leave it unmerged, or merge another name."
             )
-    return selection, names
+    return selection, names, {name: known[name] for name in names if name in known}
 
 
 def _restore(written: list[tuple[nn.Module, str, Tensor]]) -> None:

@@ -14,11 +14,12 @@ from .._errors import AdapterError
 from .adapter import Adapter, fold_all
 from .clone import without_overrides
 from .foreign import is_offloading
-from .host import is_host, parts
+from .host import Adapters, Selection, adapters_of, is_host, parts
 from .override import compute_from_attributes, overridden, owner_of
 from .quantized import quantized_as
 from .swap import is_lone
 from .walk import base_modules, candidates, hosts
+from .weights import Weights
 
 
 @dataclass
@@ -67,7 +68,9 @@ def _is_finite(tensor: Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
-def folded_by_host(model: nn.Module, names: Container[str]) -> Iterator[tuple[nn.Module, list[Folded]]]:
+def folded_by_host(
+    model: nn.Module, names: Container[str], weights: Weights | None = None
+) -> Iterator[tuple[nn.Module, list[Folded]]]:
     """Host after host, outer before inner; a weight that an inner host changes again comes with that host."""
     owners = _owners(model)
     pending: list[Folded] = []
@@ -77,7 +80,7 @@ def folded_by_host(model: nn.Module, names: Container[str]) -> Iterator[tuple[nn
         modules = [*base_modules(host)]
         inside = set(map(id, modules))
         start = [item for item in pending if id(item.owner) in inside]
-        items = _fold(host_name, modules, names, start)
+        items = _fold(host_name, modules, names, start, weights or {})
         _refuse_shared(items, owners, host)
         again = _changed_inside(modules, names)
         pending = [item for item in pending if id(item.owner) not in inside]
@@ -85,7 +88,9 @@ def folded_by_host(model: nn.Module, names: Container[str]) -> Iterator[tuple[nn
         yield host, _unique(item for item in items if id(item.owner) not in again)
 
 
-def _fold(host_name: str, modules: list[nn.Module], names: Container[str], start: list[Folded]) -> list[Folded]:
+def _fold(
+    host_name: str, modules: list[nn.Module], names: Container[str], start: list[Folded], weights: Weights
+) -> list[Folded]:
     """Each fold reads what the one before it gave, on a stand-in for the host, which is the first of these modules."""
     host = modules[0]
     if any(map(is_offloading, modules)):
@@ -93,7 +98,7 @@ def _fold(host_name: str, modules: list[nn.Module], names: Container[str], start
             f"cannot merge into {host_name or 'the root'}: accelerate keeps its weights in memory or on disk between "
             "calls. Merge before the model is offloaded, or take the hooks off first (remove_hook_from_module)."
         )
-    scratch = _stand_in(modules)
+    scratch = _stand_in(modules, weights)
     paths = {id(module): path for path, module in host.named_modules()} if start else {}
     values = {f"{paths[id(item.owner)]}.{item.leaf}".lstrip("."): item.value for item in start}
     folding = parts(host, names)
@@ -109,9 +114,10 @@ def _fold(host_name: str, modules: list[nn.Module], names: Container[str], start
     return [_item(host_name, host, path, value) for path, value in values.items()]
 
 
-def _stand_in(modules: list[nn.Module]) -> nn.Module:
+def _stand_in(modules: list[nn.Module], weights: Weights) -> nn.Module:
     """Other module objects that share all that these have, adapters too: weights are overridden there, where no call
-    in another thread reads them, and what such a call overrides meanwhile is left out."""
+    in another thread reads them, and what such a call overrides meanwhile is left out. The adapters have these weights
+    in it, whatever theirs are in the model."""
     made: dict[int, Any] = {}
     for module in modules:
         other = made[id(module)] = object.__new__(type(module))
@@ -121,7 +127,16 @@ def _stand_in(modules: list[nn.Module]) -> nn.Module:
     for other in made.values():
         children = other._modules.items()
         other.__dict__["_modules"] = {name: made.get(id(child), child) for name, child in children}
-    return made[id(modules[0])]
+    host: Any = made[id(modules[0])]
+    host._modules["adapters"] = _with_weights(adapters_of(host), weights)
+    return host
+
+
+def _with_weights(children: Adapters, weights: Weights) -> Adapters:
+    other: Any = object.__new__(Adapters)
+    other.__dict__.update(vars(children), selection=Selection())
+    other.selection.weights = weights
+    return other
 
 
 @contextlib.contextmanager

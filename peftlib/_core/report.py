@@ -10,11 +10,12 @@ from .host import Selection
 from .quantized import weight_shape
 from .table import equal_layers, html_table, table
 from .walk import adapters, candidates, require
+from .weights import with_weight
 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One adapter on one host; `state` is "active", "off" or "merged"."""
+    """One adapter on one host; `state` is "active", "off" or "merged", `weight` what its effect is multiplied by."""
 
     host: str
     name: str
@@ -22,6 +23,7 @@ class SummaryRow:
     state: str
     parameters: int
     trainable: int
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class Summary:
         )
 
     def _shown(self) -> list[tuple[object, ...]]:
-        beside = [(r.host, (r.name, r.kind, r.state, r.parameters, r.trainable)) for r in self.rows]
+        beside = [
+            (r.host, (r.name, r.kind, with_weight(r.state, r.weight), r.parameters, r.trainable)) for r in self.rows
+        ]
         return [
             (host or "(root)", *said, n * parameters, n * trainable)
             for host, n, (*said, parameters, trainable) in equal_layers(beside)
@@ -107,4 +111,5 @@ def _summary_row(selection: Selection, host_name: str, name: str, adapter: Adapt
     state = "merged" if name in selection.merged else "active" if name in selection.active else "off"
     own = list(adapter.parameters())
     trainable = sum(p.numel() for p in own if p.requires_grad)
-    return SummaryRow(host_name, name, type(adapter).__name__, state, sum(p.numel() for p in own), trainable)
+    weight = selection.weights[name].item() if name in selection.weights and state != "off" else 1.0
+    return SummaryRow(host_name, name, type(adapter).__name__, state, sum(p.numel() for p in own), trainable, weight)

@@ -70,7 +70,7 @@ def route(
     found.require_apart()
     for host in all_hosts(model):  # here, and not in the first call, where torch.compile would see it done
         found.groups(tuple(adapters_of(host)))
-    return choose(model, selection, chosen, found)
+    return choose(model, selection, chosen, {}, found)
 
 
 def names_by_row(rows: object, names: Sequence[Choice] | None) -> tuple[Names, ...]:

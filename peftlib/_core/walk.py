@@ -132,6 +132,8 @@ def _join(shared: Selection, others: list[Selection]) -> None:
         shared.active_before_merge += tuple(
             name for name in other.active_before_merge if name not in shared.active_before_merge
         )
+        shared.weights = {**other.weights, **shared.weights}
+        shared.weights_before_merge = {**other.weights_before_merge, **shared.weights_before_merge}
         for name, count in other.count.items():
             shared.count[name] = shared.count.get(name, 0) + count
         _views.setdefault(shared, weakref.WeakSet()).update(_views.pop(other, ()))
@@ -185,6 +187,17 @@ def require_one_copy(model: nn.Module, names: Collection[str], doing: str) -> No
 
 def _overlap(one: Tensor | None, other: Tensor | None) -> bool:
     return one is None or other is None or bool(torch.isin(one, other.to(one.device)).any())
+
+
+def require_scalable(model: nn.Module, weights: Collection[str], doing: str) -> None:
+    """That each adapter with a weight has an effect that can be scaled."""
+    placed = ((host_name, host, part) for host_name, host in (hosts(model) if weights else ()) for part in parts(host))
+    for host_name, host, adapter in placed:
+        if adapter.name in weights and not adapter.takes_weight(host):
+            raise AdapterError(
+                f'{doing}: "{adapter.name}" holds a {type(adapter).__name__} on {host_name or "the root"}, and what it '
+                "does cannot be multiplied by a number. Leave its weight at 1."
+            )
 
 
 def require_unrouted(selection: Selection, doing: str) -> None:

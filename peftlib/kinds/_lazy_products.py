@@ -43,7 +43,7 @@ def _linear(linear: Any, input: Any, weight: Any, bias: Any = None) -> Any:
     if not is_right_of(input, weight) or weight.stack or not weight.is_matrix:
         return NotImplemented
     first, *others = weight.changes
-    if len(first.pairs) > 1 or type(weight.base) not in (Tensor, nn.Parameter):
+    if len(first.pairs) > 1 or type(weight.base) not in (Tensor, nn.Parameter) or isinstance(first.scale, Tensor):
         y = linear(input, weight.base, bias)
         return added(y, weight, input, lambda x, L, R: linear(x, R), lambda h, L, R: linear(h, L))
     ((B, A),) = first.pairs

@@ -118,23 +118,32 @@ class Bottleneck(Adapter):
     def forward(self, host: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
         output = call(*args, **kwargs)
         x = None if self.position == "after" else input_of(self.input_name, args, kwargs)
-        return with_hidden_states(output, lambda y: self._adapted(y, y if x is None else x))
+        weight = self.weight_in(host)
+        return with_hidden_states(output, lambda y: self._adapted(y, y if x is None else x, weight))
+
+    def takes_weight(self, host: nn.Module) -> bool:
+        return True
 
     def follows_call(self, host: nn.Module) -> bool:
         return True
 
-    def _adapted(self, y: Tensor, u: Tensor) -> Tensor:
+    def _adapted(self, y: Tensor, u: Tensor, weight: float | Tensor) -> Tensor:
         axis = self._axis_in(y, u)
-        if axis == y.dim() - 1 and (y.is_contiguous() or not self.residual):
-            return self._bottleneck(u, y if self.residual else None)
-        term = self._bottleneck(u.movedim(axis, -1), None).movedim(-1, axis)
-        return torch.add(y, term.to(y.dtype)) if self.residual else term  # y first: the sum is laid out as y is
+        is_whole = isinstance(weight, float) and weight == 1.0
+        scale = self.scale if is_whole or not self.residual else self.scale * weight
+        if not self.residual:
+            term = self._bottleneck(u.movedim(axis, -1), None, scale).movedim(-1, axis)
+            return term if is_whole else (y + weight * (term - y)).to(term.dtype)
+        if axis == y.dim() - 1 and y.is_contiguous():
+            return self._bottleneck(u, y, scale)
+        term = self._bottleneck(u.movedim(axis, -1), None, scale).movedim(-1, axis)
+        return torch.add(y, term.to(y.dtype))  # y first: the sum is laid out as y is
 
-    def _bottleneck(self, u: Tensor, residual: Tensor | None) -> Tensor:
+    def _bottleneck(self, u: Tensor, residual: Tensor | None, scale: float | Tensor) -> Tensor:
         return self.with_own_masks(
             bottleneck, u, self.down_weight, self.down_bias, self.up_weight, self.up_bias, self.norm_weight,
-            self.norm_bias, residual=residual, activation=self.activation, norm=self.norm, scale=self.scale,
-            dropout=self.dropout, training=self.training,
+            self.norm_bias, residual=residual, activation=self.activation, norm=self.norm,
+            scale=scale, dropout=self.dropout, training=self.training,
         )  # fmt: skip
 
     def _axis_in(self, y: Tensor, u: Tensor) -> int:

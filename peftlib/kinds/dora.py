@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._core.adapter import fold_all, unwrapped
 from .._core.override import as_weights, overridden, owner_of, weight_of
 from .._core.quantized import not_real_as
+from .._core.weights import blended
 from .._errors import AdapterError
 from ..kernels import dora_norm
 from ._weight_layout import TransposedKernel
@@ -105,6 +106,18 @@ class DoRA(LoRA):
         return False  # it calls the host with the weights that are folded inside
 
     def _scaled(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Tensor:
+        weight = self.weight_in(host)
+        if isinstance(weight, Tensor) or weight != 1.0:
+            given = call(*args, **kwargs)
+            moved = self._turned(host, lambda *_, **__: given, *args, **kwargs)
+            return (given + weight * (moved - given)).to(given.dtype)
+        return self._turned(host, call, *args, **kwargs)
+
+    def _scale_in(self, host: nn.Module) -> float:
+        return self.scale  # of V: a weight multiplies what the whole changes
+
+    def _turned(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """m ⊙ V x/‖V‖ + b"""
         y = super().forward(host, call, *args, **kwargs)  # V x + b
         gain, bias = self._gain(host), getattr(host, "bias", None)
         scaled = self._scale(y, gain, bias)
@@ -126,7 +139,10 @@ class DoRA(LoRA):
         """m ⊙ V/‖V‖, unrounded."""
         ((path, moved),) = super().fold(host).items()
         scaled = self._over_rows(host, self._gain(host)) * self.form.matrix(moved)
-        return {path: self.form.weight(scaled, moved.shape)}
+        whole, weight = self.form.weight(scaled, moved.shape), self.weight_in(host)
+        if isinstance(weight, Tensor) or weight != 1.0:
+            whole = blended(weight_of(host, path), whole, weight)
+        return {path: whole}
 
     def _gain(self, host: nn.Module) -> Tensor:
         """m/‖V‖ [..., out]; 1 for a row of zeros, where m starts at zero too."""

@@ -92,6 +92,10 @@ class Full(Adapter):
         wide = torch.promote_types(weight.dtype, copy.dtype)
         return weight.to(wide).index_copy(0, self.rows, copy.to(wide))
 
+    def takes_weight(self, host: nn.Module) -> bool:
+        """Statistics of its own move in training, and what lies between them and the base's would take no note."""
+        return not any(True for _ in self.own.buffers())
+
     @classmethod
     def split(cls, host: nn.Module, inner: str, config: dict[str, Any]) -> list[dict[str, Any]]:
         if not inner:

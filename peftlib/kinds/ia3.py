@@ -80,24 +80,35 @@ class IA3(Adapter):
     def forward(self, host: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.calls:
             return super().forward(host, call, *args, **kwargs)
+        factor = self._factor_in(host)
         if self.on == "output":
-            return self._scaled(call(*args, **kwargs))
+            return self._scaled(call(*args, **kwargs), factor)
         if args:
-            return call(self._scaled(args[0]), *args[1:], **kwargs)
+            return call(self._scaled(args[0], factor), *args[1:], **kwargs)
         (name, x), *rest = kwargs.items()  # a stock layer's first argument is its only tensor
-        return call(**{name: self._scaled(x)}, **dict(rest))
+        return call(**{name: self._scaled(x, factor)}, **dict(rest))
+
+    def takes_weight(self, host: nn.Module) -> bool:
+        return True
+
+    def _factor_in(self, host: nn.Module) -> Tensor:
+        """l, or with a weight 1 + w (l − 1)."""
+        weight = self.weight_in(host)
+        if isinstance(weight, float) and weight == 1.0:
+            return self.factor
+        return 1 + weight * (self.factor - 1)
 
     def follows_call(self, host: nn.Module) -> bool:
         return self.calls and self.on == "output"
 
-    def _scaled(self, x: Tensor) -> Tensor:
+    def _scaled(self, x: Tensor, factor: Tensor) -> Tensor:
         """In the dtype of x, rounded once. Autograd keeps x and the factor, no product."""
         behind = -1 - self.axis if self.axis < 0 else x.dim() - 1 - self.axis
-        return (x * self.factor.view(*self.factor.shape, *[1] * behind)).to(x.dtype)
+        return (x * factor.view(*factor.shape, *[1] * behind)).to(x.dtype)
 
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
         """Rows of the weight, and the bias, times the factor; or columns of the weight."""
-        factor = self.factor.to(torch.promote_types(self.factor.dtype, torch.float32))
+        factor = self._factor_in(host).to(torch.promote_types(self.factor.dtype, torch.float32))
         if isinstance(host, nn.MultiheadAttention) and not self.child:
             return _fold_attention(host, factor)
         scaled: Any = host.get_submodule(self.child)

@@ -168,10 +168,10 @@ class LoRA(Adapter):
         if self.kernel is lora_linear and runs_bare(host, call):
             (x,) = args or kwargs.values()
             weight, bias = tensors_of(host, "weight", "bias")
-            lora_A, lora_B = tensors_of(self, "lora_A", "lora_B")
+            lora_A, lora_B, scale = self._pair_in(host)
             if not self.dropout:
-                return lora_linear(x, weight, bias, lora_A, lora_B, self.scale)
-            operands = x, weight, bias, lora_A, lora_B, self.scale, self.dropout, self.training
+                return lora_linear(x, weight, bias, lora_A, lora_B, scale)
+            operands = x, weight, bias, lora_A, lora_B, scale, self.dropout, self.training
             return self.with_own_masks(lora_linear, *operands)
         if self.term is None:
             return super().forward(host, call, *args, **kwargs)
@@ -183,6 +183,19 @@ class LoRA(Adapter):
         if "x" in kwargs:  # HF Conv1D's name for what torch's layers call `input`
             kwargs["input"] = kwargs.pop("x")
         return self._add(host, y, *args, **kwargs)
+
+    def takes_weight(self, host: nn.Module) -> bool:
+        return True
+
+    def _scale_in(self, host: nn.Module) -> float | Tensor:
+        """s, times the weight that `activate` gives."""
+        return self.scale * self.weight_in(host)
+
+    def _pair_in(self, host: nn.Module) -> tuple[Tensor, Tensor, float]:
+        """For kernels, whose scale is a number: a weight that is data goes into B."""
+        lora_A, lora_B = tensors_of(self, "lora_A", "lora_B")
+        scale = self._scale_in(host)
+        return (lora_A, lora_B * scale, 1.0) if isinstance(scale, Tensor) else (lora_A, lora_B, scale)
 
     def follows_call(self, host: nn.Module) -> bool:
         return self.term is not None
@@ -200,16 +213,16 @@ class LoRA(Adapter):
             call = call.args[1]
         if not _joins(self) or not runs_bare(host, call):
             return None
-        return join_pairs([(each.lora_A, each.lora_B, each.scale) for each in reversed(together)])
+        return join_pairs([each._pair_in(host) for each in reversed(together)])
 
     def _add(self, host: Any, y: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.kernel is None:
-            return torch.add(y, self._low_rank(host, input, *args, **kwargs).to(y.dtype), alpha=self.scale)
+            term, scale = self._low_rank(host, input, *args, **kwargs).to(y.dtype), self._scale_in(host)
+            return y + term * scale if isinstance(scale, Tensor) else torch.add(y, term, alpha=scale)
+        pair = self._pair_in(host)
         if self.kernel is lora_embedding:
-            return lora_embedding(y, input, self.lora_A, self.lora_B, self.scale, host.padding_idx)
-        return self.with_own_masks(
-            lora_add, y, input, self.lora_A, self.lora_B, self.scale, self.dropout, self.training
-        )
+            return lora_embedding(y, input, *pair, host.padding_idx)
+        return self.with_own_masks(lora_add, y, input, *pair, self.dropout, self.training)
 
     def _low_rank(self, host: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         dtype = input.dtype if input.is_floating_point() else self.lora_A.dtype
@@ -223,19 +236,20 @@ class LoRA(Adapter):
 
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
         """The host's weight plus s B A, the product taken in float32 or wider."""
-        weight = weight_of(host, self.param)
-        if self.form is Rows and weight.dim() == 2 and self.init != "pissa" and type(weight) in (Tensor, nn.Parameter):
-            return {self.param: self._in_one_product(weight)}
+        weight, scale = weight_of(host, self.param), self._scale_in(host)
+        plain = self.init != "pissa" and type(weight) in (Tensor, nn.Parameter) and isinstance(scale, float)
+        if self.form is Rows and weight.dim() == 2 and plain:
+            return {self.param: self._in_one_product(weight, scale)}
         return {
             self.param: weight
-            + self.scale * self.form.weight(self._trained(self._product, self.lora_A, self.lora_B), weight.shape)
+            + scale * self.form.weight(self._trained(self._product, self.lora_A, self.lora_B), weight.shape)
         }
 
-    def _in_one_product(self, weight: Tensor) -> Tensor:
+    def _in_one_product(self, weight: Tensor, scale: float) -> Tensor:
         """256x256 at rank 8: 18 µs, where product, scale and sum take 36 and make three matrices."""
         wide = torch.promote_types(torch.promote_types(weight.dtype, self.lora_A.dtype), torch.float32)
         with _full_precision(weight):
-            return torch.addmm(weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=self.scale)
+            return torch.addmm(weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=scale)
 
     def fold_for_call(self, host: nn.Module) -> dict[str, Tensor]:
         """The weight and the pair apart, W + s B A never made, where the host reads an ordinary tensor."""
@@ -245,7 +259,8 @@ class LoRA(Adapter):
             return self.fold(host)
         initial = ((self.initial_A, self.initial_B),) if self.init == "pissa" else ()
         pairs = tuple(self.form.factors(*pair) for pair in ((self.lora_A, self.lora_B), *initial))
-        return {self.param: lazily(weight, LowRank(pairs, self.scale, self.dropout if self.training else 0.0, self))}
+        dropout = self.dropout if self.training else 0.0
+        return {self.param: lazily(weight, LowRank(pairs, self._scale_in(host), dropout, self))}
 
     def _require_no_dropout(self, host: nn.Module) -> None:
         if self.dropout and self.training:

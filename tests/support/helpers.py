@@ -123,7 +123,8 @@ def _frozen(value: Any) -> Any:
         grad = None if not readable or value.grad is None else bits(value.grad)
         return Same(value), value.requires_grad, bits(value) if readable else None, grad
     if hasattr(value, "active") and hasattr(value, "merged"):  # what all hosts of a model share
-        return value.active, Same(value.rows), value.merged, tuple(value.count.items())
+        weights = {name: weight.item() for name, weight in value.weights.items()}
+        return value.active, str(weights), Same(value.rows), value.merged, tuple(value.count.items())
     if isinstance(value, dict):
         return "dict", Same(value), tuple((key, _frozen(item)) for key, item in value.items())
     if isinstance(value, (list, tuple, set)):

@@ -13,8 +13,10 @@ class Front:
     Without a gate they join the host's own in one softmax. With one they have a softmax of their own, and tanh(gate)
     times its result is added. It lives for one call and counts the attention calls that it sees."""
 
-    def __init__(self, host: str, key: Tensor, value: Tensor, gate: Tensor | None = None) -> None:
-        self.host, self.key, self.value, self.gate = host, key, value, gate
+    def __init__(
+        self, host: str, key: Tensor, value: Tensor, gate: Tensor | None = None, weight: float | Tensor = 1.0
+    ) -> None:
+        self.host, self.key, self.value, self.gate, self.weight = host, key, value, gate, weight
         self.length = key.shape[-2]
         self.seen, self.traced = 0, 0
         self.tracks = torch.is_grad_enabled() and key.requires_grad
@@ -57,12 +59,13 @@ class Front:
         return torch.cat([own[0], key], -2), torch.cat([own[1], value], -2)
 
     def term(self, query: Tensor, scale: float | None) -> Tensor:
-        """tanh(gate) · softmax(scale · Q Kᵀ) V over the prefix alone, [..., queries, value_dim]."""
+        """w · tanh(gate) · softmax(scale · Q Kᵀ) V over the prefix alone, [..., queries, value_dim]."""
         assert self.gate is not None
         scaled = query * (query.shape[-1] ** -0.5 if scale is None else scale)
         key, value = self._fit(self.key, query), self._fit(self.value, query, last=False)
         attention_weights = (scaled @ key.transpose(-2, -1)).softmax(-1)  # [..., queries, length]
-        return (attention_weights @ value).to(query.dtype) * self._fit(self.gate.tanh(), query, last=False)
+        strength = self.gate.tanh() * self.weight
+        return (attention_weights @ value).to(query.dtype) * self._fit(strength, query, last=False)
 
     def _fit(self, own: Tensor, tensor: Tensor, last: bool = True) -> Tensor:
         """[heads, length, dim] as the leading dimensions of [batch, n·heads, tokens, dim] or [batch·heads, ...]."""

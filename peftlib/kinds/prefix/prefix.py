@@ -126,7 +126,10 @@ class Prefix(Adapter):
         return result
 
     def _front(self, host: nn.Module) -> Front:
-        return Front(base_type(type(host)).__name__, *self.keys_and_values(), self.gate)
+        return Front(base_type(type(host)).__name__, *self.keys_and_values(), self.gate, self.weight_in(host))
+
+    def takes_weight(self, host: nn.Module) -> bool:
+        return self.gate is not None  # one softmax over all has no part that could be scaled
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """What stands in front.
