@@ -16,6 +16,8 @@ from ._core.merge import merge as merge
 from ._core.merge import merged as merged
 from ._core.merge import merged_state_dict as merged_state_dict
 from ._core.merge import unmerge as unmerge
+from ._core.rename import copy as copy
+from ._core.rename import rename as rename
 from ._core.report import summary as summary
 from ._core.route import route as route
 from ._core.verify import verify as verify

@@ -51,7 +51,7 @@ FILES = {
         "merge",
         "activate freeze dequantize readers",
         "inject",
-        "report route",
+        "report route rename",
         "verify_rows",
         "verify",
         "eject",

@@ -112,7 +112,8 @@ def inject(
     return list(dict.fromkeys(item.host_name for item in placed))
 
 
-def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
+def install(model: nn.Module, placed: list[Placed], *, freeze: bool, active: bool = True) -> None:
+    """Puts adapters in that are made, all or nothing; active, or off."""
     with all_or_nothing(model):
         selection = share_selection(model)
         for around in fast_paths_around(base_modules(model), {id(item.host) for item in placed}):
@@ -120,7 +121,7 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool) -> None:
         for host_name, host, adapter in placed:
             attach(host_name, host, selection)
             put(host, adapter)
-            if adapter.name not in selection.active:
+            if active and adapter.name not in selection.active:
                 selection.active += (adapter.name,)
         require_one_copy(model, selection.active, "inject")
         held = freeze_base(model, selection) if freeze else []

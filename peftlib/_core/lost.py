@@ -85,6 +85,13 @@ def forget_lost(model: nn.Module, name: str | None = None) -> bool:
     return bool(gone)
 
 
+def note_renamed(model: nn.Module, old: str, new: str) -> None:
+    for module in model.modules():
+        for child in _children.get(module, {}).values():
+            if old in child.names:
+                child.names.symmetric_difference_update((old, new))
+
+
 def _drop_remains(module: nn.Module) -> None:
     """torch's conversion to SyncBatchNorm takes over all children of the module that it replaces."""
     for inner in [*module.modules()]:
