@@ -24,6 +24,9 @@ from ._core.verify import verify as verify
 from ._core.walk import adapters as adapters
 from ._core.walk import parameters as parameters
 from ._errors import AdapterError as AdapterError
+from .algebra.combine import combine as combine
+from .algebra.combine import convert as convert
+from .algebra.extract import extract as extract
 from .files.container import read_header as read_header
 from .files.save_load import load as load
 from .files.save_load import save as save

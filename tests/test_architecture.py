@@ -20,7 +20,7 @@ PACKAGES = [
     "_errors kernels",
     "_core _checks",
     "kinds files training parallel",
-    "hf planning",
+    "hf planning algebra",
     "exchange",
     "peftlib",
 ]
@@ -85,6 +85,7 @@ FILES = {
         "ia3 prefix prompt",
         "directory",
     ],
+    "algebra": ["changes", "low_rank methods", "result", "combine extract"],
     "exchange": ["dialects", "read write"],
 }
 TRITON = "kernels.*triton*"  # the files that may import it

@@ -69,13 +69,14 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def folded_by_host(
-    model: nn.Module, names: Container[str], weights: Weights | None = None
+    model: nn.Module, names: Container[str], weights: Weights | None = None, skipped: Container[int] = ()
 ) -> Iterator[tuple[nn.Module, list[Folded]]]:
-    """Host after host, outer before inner; a weight that an inner host changes again comes with that host."""
+    """Host after host, outer before inner; a weight that an inner host changes again comes with that host. What is
+    skipped, by id, is neither around nor inside another."""
     owners = _owners(model)
     pending: list[Folded] = []
     for host_name, host in hosts(model):
-        if not parts(host, names):
+        if id(host) in skipped or not parts(host, names):
             continue
         modules = [*base_modules(host)]
         inside = set(map(id, modules))

@@ -31,6 +31,7 @@ def install_parts(
     *,
     shared: Iterable[tuple[Part, Part]] = (),
     freeze: bool = True,
+    active: bool = True,
 ) -> list[str]:
     """Puts all parts in under one name, or none; returns the hosts in the order of these modules. Of two parts that
     are shared the second gets the parameters of the first."""
@@ -46,9 +47,10 @@ def install_parts(
     of_part = {id(part): item.adapter for part, item in zip(parts, placed, strict=True)}
     for one, other in shared:
         _share(of_part[id(one)], of_part[id(other)])
-    install(model, placed, freeze=freeze)
     hosts = {id(part.host): part.host_name for part in parts}
-    return [hosts[id(module)] for module in order if id(module) in hosts]
+    found = [hosts[id(module)] for module in order if id(module) in hosts]
+    install(model, placed, freeze=freeze, active=active)
+    return found
 
 
 def _share(one: Adapter, other: Adapter) -> None:

@@ -1,0 +1,1 @@
+"""Arithmetic with adapters: combined, converted to LoRA, extracted from a fine-tuned model."""
