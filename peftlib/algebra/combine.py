@@ -48,7 +48,7 @@ def combine(
     of each w ΔW the largest elements, elects a sign for each, and takes the mean of those that have it. "dare" (Yu et
     al. 2023) drops elements at random and enlarges the rest, then adds. Each weight is taken by itself, and biases and
     other vectors, which have no rank, are copied. Adding up B and A apart, as HF peft's "linear" does, gives another
-    matrix: (w₁B₁ + w₂B₂)(w₁A₁ + w₂A₂).
+    matrix: (√w₁B₁ + √w₂B₂)(√w₁A₁ + √w₂A₂).
 
     Args:
         model: a model with adapters.
