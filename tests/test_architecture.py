@@ -51,7 +51,7 @@ FILES = {
         "merge",
         "activate freeze dequantize readers",
         "inject",
-        "report route rename",
+        "report route rename refill",
         "verify_rows",
         "verify",
         "eject",

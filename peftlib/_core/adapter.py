@@ -123,6 +123,12 @@ class Adapter(nn.Module):
         for it; any other says that it multiplies by `weight_in(host)`, in both, itself."""
         return _follows_from_fold(self)
 
+    def values_of(self, other: "Adapter") -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What makes this adapter do what another of its type does: tensors for its state, in its shapes, and
+        attributes. Raises where there is none: the configurations differ."""
+        require_same_config(self, other)
+        return other.state_dict(), {}
+
     def follows_call(self, host: nn.Module) -> bool:
         """Whether `forward` calls the host once, with what it was given itself, and only changes what comes back, each
         row by itself. One call of the host then serves the rows of many adapters."""
@@ -168,6 +174,14 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in getattr(self, "config", {}).items())
+
+
+def require_same_config(one: Adapter, other: Adapter, *free: str) -> None:
+    """That two adapters of a type have the same keywords, these apart."""
+    for key in sorted((one.config.keys() | other.config.keys()) - {*free}):
+        there, here = other.config.get(key), one.config.get(key)
+        if there != here:
+            raise AdapterError(f"it has {key}={there!r}, not {here!r}. Load it under a name of its own.")
 
 
 def can_be_merged(adapter: Adapter) -> bool:

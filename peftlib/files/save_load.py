@@ -13,6 +13,7 @@ from .._core.freeze import moved_buffers
 from .._core.host import parts
 from .._core.inject import Placed, install, require_changeable, require_free, require_name
 from .._core.lost import require_all_there
+from .._core.refill import refill, require_refillable
 from .._core.walk import adapters, hosts, require
 from .._errors import AdapterError
 from .container import Path, header_of, opened, read_tensor, require_unchanged, write
@@ -134,24 +135,33 @@ def _replaced(items: list[Placed]) -> set[str]:
     return {weight for item in items for weight in item.adapter.replaces}
 
 
-def load(model: nn.Module, path: Path, name: str | None = None, *, strict: bool = True) -> list[str]:
+def load(
+    model: nn.Module, path: Path, name: str | None = None, *, strict: bool = True, into: str | None = None
+) -> list[str]:
     """Puts a saved adapter into a model and makes it active; the base is frozen, as by `inject`.
 
     The whole file is checked before the model is touched: header, hosts, kinds, configurations, keys, shapes, values,
     and that the base is the one that the adapter was made on.
+
+    With `into` the file's values take the place of those of an adapter that is there: the same modules, types and
+    configurations, of LoRA and DoRA also a lower rank (zeros behind in both factors) and another alpha. Parameters stay
+    the same objects, what is active or routed stays so, and under `torch.compile` nothing compiles again but once for a
+    scale α/r that was not there before. Gradients are dropped; the moments of an optimizer are of the old values, so
+    reset them before training on.
 
     Args:
         model: any module that has the hosts which the file names.
         path: a file that `save` wrote.
         name: what to call the adapter here; default its name in the file.
         strict: False accepts a base whose fingerprint differs.
+        into: an adapter of the model that gets the values; default none.
 
     Returns:
         list[str]: the qualified names of the hosts, in the file's order.
 
     Raises:
         AdapterError: a damaged file, an unknown kind, an absent host, unexpected or missing keys, other shapes, NaN or
-            infinity, another base, and what `inject` refuses.
+            infinity, another base, and what `inject` refuses; with `into` a file that does not fit there, a view.
         OSError: the file cannot be read.
 
     Example:
@@ -163,22 +173,38 @@ def load(model: nn.Module, path: Path, name: str | None = None, *, strict: bool 
         >>> peftlib.eject(model)
         >>> peftlib.load(model, path)
         ['0']
+        >>> peftlib.load(model, path, into="default")
+        ['0']
     """
+    if into is not None and name is not None:
+        raise AdapterError(f'load: name={name!r} and into={into!r}: "into" keeps its name. Pass one of them.')
     with opened(path) as file:
         header = header_of(file, path)
-        called: str = header["name"] if name is None else name
-        require_name(called)
-        require_changeable(model, "load")
-        placed = list(rebuilt(model, header, called, path))
-        require_free(model, placed)
+        placed = _made(model, header, name, into, path)
         require_keys(placed, header["tensors"], os.fspath(path))
         if strict:
             _require_base(placed, header, os.fspath(path))
         tensors = {key: read_tensor(file, key) for key in header["tensors"]}
         fill(placed, tensors.__getitem__, os.fspath(path))
         require_unchanged(file, tensors, path)
-    install(model, placed, freeze=True)
+    if into is None:
+        install(model, placed, freeze=True)
+    else:
+        refill(model, into, placed, os.fspath(path))
     return list(header["hosts"])
+
+
+def _made(model: nn.Module, header: Header, name: str | None, into: str | None, path: Path) -> list[Placed]:
+    """On the meta device, and without their values."""
+    if into is not None:
+        require_refillable(model, into, "load")
+        return list(rebuilt(model, header, into, path))
+    called: str = header["name"] if name is None else name
+    require_name(called)
+    require_changeable(model, "load")
+    placed = list(rebuilt(model, header, called, path))
+    require_free(model, placed)
+    return placed
 
 
 def _require_base(placed: list[Placed], header: Header, path: str) -> None:

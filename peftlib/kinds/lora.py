@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .._checks import require_one_of, require_positive, require_probability, require_whole_number
-from .._core.adapter import Adapter, trainable_dtype
+from .._core.adapter import Adapter, require_same_config, trainable_dtype
 from .._core.host import runs_bare
 from .._core.lazy_weight import LowRank, can_stand_for, lazily
 from .._core.override import tensors_of, weight_of
@@ -197,6 +198,16 @@ class LoRA(Adapter):
         scale = self._scale_in(host)
         return (lora_A, lora_B * scale, 1.0) if isinstance(scale, Tensor) else (lora_A, lora_B, scale)
 
+    def values_of(self, other: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Of a lower rank too: A and B both have zeros behind, so that neither learns there, and s is the other's."""
+        free = ("init",) if "pissa" not in (self.init, other.init) else ()
+        require_same_config(self, other, "rank", "alpha", "rank_stabilized", "dtype", *free)
+        if other.rank > self.rank:
+            raise AdapterError(f"its rank is {other.rank}, not {self.rank} or less. Load it under a name of its own.")
+        tensors = {key: _padded(value, getattr(self, key)) for key, value in other.state_dict().items()}
+        alpha = _alpha_of(other.scale, math.sqrt(self.rank) if self.config["rank_stabilized"] else self.rank)
+        return tensors, {"scale": other.scale, "config": {**self.config, "alpha": alpha}}
+
     def follows_call(self, host: nn.Module) -> bool:
         return self.term is not None
 
@@ -279,6 +290,18 @@ class LoRA(Adapter):
         flat_A, flat_B = self.form.pair(lora_A.to(wide), lora_B.to(wide))
         with _full_precision(lora_A):
             return flat_B @ flat_A
+
+
+def _padded(value: Tensor, like: Tensor) -> Tensor:
+    missing = [there - here for here, there in zip(value.shape, like.shape, strict=True)]
+    return F.pad(value, [size for least in reversed(missing) for size in (0, least)]) if any(missing) else value
+
+
+def _alpha_of(scale: float, divisor: float) -> float:
+    """What divided by this is the scale, to the last bit where there is such a number."""
+    near = scale * divisor
+    tried = (near, math.nextafter(near, 0.0), math.nextafter(near, math.inf))
+    return next((alpha for alpha in tried if alpha / divisor == scale), near)
 
 
 def _full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
