@@ -141,6 +141,12 @@ class Adapter(nn.Module):
         return None
 
     @classmethod
+    def in_one_graph(cls, host: nn.Module, table: Any, adapters: list[list["Adapter"]]) -> Callable[..., Any] | None:
+        """The same while torch.compile traces, for rows in front: of the table it may read the choices, whose adapters
+        these are, and compute with the index of each row, so that one graph serves every assignment of rows."""
+        return None
+
+    @classmethod
     def split(cls, host: nn.Module, inner: str, config: dict[str, Any]) -> list[dict[str, Any]]:
         """The configurations of the adapters that `config` asks for on this host: one, unless a kind says otherwise.
 

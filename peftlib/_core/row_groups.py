@@ -69,6 +69,16 @@ def may_mix_rows(module: nn.Module) -> bool:
     return isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm))
 
 
+class RowTable:
+    """Which of these choices each row goes through, as `torch.compile` sees it: the choices are the graph's, in an
+    order of their own, and the rows are data, [rows]."""
+
+    def __init__(self, by_row: list[Names], choices: set[Names]) -> None:
+        self.choices = tuple(sorted(choices))
+        self.index = torch.tensor([self.choices.index(names) for names in by_row])
+        self.size = len(by_row)
+
+
 class Group:
     """Rows that go through the same adapters of a host."""
 
@@ -78,18 +88,25 @@ class Group:
 
 class Groups:
     """The groups of one host, each with its rows in the batch's order. `order` sorts the batch by group, and `back`
-    undoes that; both are None where the batch is sorted."""
+    undoes that; both are None where the batch is sorted. `used` is the table of what the rows go through, `known` that
+    of the base, each adapter, and what else they go through, which is the same for nearly every batch."""
 
     def __init__(self, rows: Rows, known: Names) -> None:
+        by_row = [tuple(name for name in known if name in names) for names in rows.of]
         at: dict[Names, list[int]] = {}
-        for row, names in enumerate(rows.of):
-            at.setdefault(tuple(name for name in known if name in names), []).append(row)
+        for row, names in enumerate(by_row):
+            at.setdefault(names, []).append(row)
+        if any(own != list(range(own[0], own[0] + len(own))) for own in at.values()):
+            at = dict(sorted(at.items()))  # they are moved anyhow: compiled, one graph for all that differ in order
         alone = len(at) == 1
+        self.used = RowTable(by_row, {*at})
+        self.known = RowTable(by_row, {(), *((name,) for name in known), *at})
+        self.dim = rows.dim
         self.each = tuple(
             Group(names, rows if alone else Rows(tuple(rows.of[row] for row in own), rows.dim))
             for names, own in at.items()
         )
-        self.size, self.dim, self.counts = len(rows.of), rows.dim, [group.count for group in self.each]
+        self.size, self.counts = len(rows.of), [group.count for group in self.each]
         order = [row for own in at.values() for row in own]
         self.order = self.back = None
         if order != sorted(order):

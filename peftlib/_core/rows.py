@@ -5,6 +5,7 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import nn
 from torch._C import _current_graph_task_id
 from torch.compiler import is_compiling
@@ -18,7 +19,12 @@ from .row_layout import Layout
 def by_rows(host: Any, rows: Rows, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """What the host returns, each row through its own adapters."""
     thread = 0 if is_compiling() else get_ident()
-    plan = _plan_of(host, _rows_now(host, rows, thread))
+    now = _rows_now(host, rows, thread)
+    if is_compiling():
+        done = _by_table(host, now, call, args, kwargs)
+        if done is not NotImplemented:
+            return done
+    plan = _plan_of(host, now)
     if plan.together is not None:
         done = plan.together(call, *args, **kwargs)
         if done is not NotImplemented:
@@ -35,6 +41,23 @@ def by_rows(host: Any, rows: Rows, call: Callable[..., Any], args: Any, kwargs: 
             for group, (own_args, own_kwargs) in zip(plan.groups.each, layout.split_inputs(args, kwargs), strict=True)
         ]
     )
+
+
+def _by_table(host: Any, rows: Rows, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """In a graph for which it is data which row goes through what, if the type of the host's adapters has one. Without
+    gradients it holds all adapters, so that it serves every batch; with them those that have rows, for an adapter
+    without any gets None and no zeros. Nothing else of the rows may be read here: the graph would be theirs alone."""
+    adapters: Any = host._modules["adapters"]._modules
+    groups = rows.groups(tuple(adapters))
+    for table in (groups.used,) if torch.is_grad_enabled() else (groups.known, groups.used):
+        by_choice = [[one for one in adapters.values() if one.name in names] for names in table.choices]
+        kinds = {type(one) for own in by_choice for one in own}
+        if len(kinds) == 1 and groups.dim == 0:
+            serve = kinds.pop().in_one_graph(host, table, by_choice)
+            done = NotImplemented if serve is None else serve(call, *args, **kwargs)
+            if done is not NotImplemented:
+                return done
+    return NotImplemented
 
 
 class Plan:

@@ -28,6 +28,7 @@ from ._low_rank import (
     low_rank_branch_of,
     require_overridable,
 )
+from ._traced_rows import TracedRows
 from ._weight_layout import LAYOUTS, Rows, form_of, matrices_of, principal_pair
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
@@ -215,6 +216,11 @@ class LoRA(Adapter):
     def together(cls, host: nn.Module, groups: Any, adapters: Any) -> Any:
         plain = all(type(one) is LoRA and one.kernel is lora_linear for own in adapters for one in own)
         return LoRARows(host, groups, adapters) if plain and groups.dim == 0 else None
+
+    @classmethod
+    def in_one_graph(cls, host: nn.Module, table: Any, adapters: Any) -> Any:
+        plain = all(type(one) is LoRA and one.kernel is lora_linear for own in adapters for one in own)
+        return TracedRows(host, table, adapters) if plain else None
 
     def _joined(self, host: nn.Module, call: Any) -> tuple[Tensor, Tensor] | None:
         """One pair for this adapter and all that it stands around, where one product serves them."""
