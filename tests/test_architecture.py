@@ -76,11 +76,12 @@ FILES = {
     "hf": [
         "config lora_bias modules refusals",
         "lora_layouts targets",
-        "tensors",
+        "stacks tensors",
         "lora_sites",
         "modules_to_save ties",
         "token_rows",
         "lora_pairs",
+        "experts",
         "lora_read lora_write",
         "ia3 prefix prompt",
         "directory",

@@ -106,11 +106,11 @@ _KEYS: dict[str, dict[str, _Key]] = {
     "TRAINABLE_TOKENS": _TOKENS,
 }
 
-# They say where an adapter comes from, how it was started or how it is run, and change nothing that it computes.
+# They say where an adapter comes from, how it was started, how it is run or who wrote it, and no value of a tensor.
 _INERT = {
     "peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
     "runtime_config", "megatron_core", "fan_in_fan_out", "qalora_group_size", "init_ia3_weights", "init_weights",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "lora_B_layout", "unsloth_fused_expert_lora",
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
     "encoder_hidden_size", "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout",
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from ..kinds.ia3 import IA3
 from ..kinds.prefix import Prefix
 from ..kinds.prompt import Prompt
 from .config import NAME, VERSION, Config, config_of, read_config, task_name, written
+from .experts import LAYOUTS as KEYED
+from .experts import old_names
 from .ia3 import ia3_files, ia3_parts
 from .lora_read import fresh_lora, kept_parts, lora_parts
 from .lora_sites import Sites
@@ -27,18 +29,25 @@ from .modules import Modules
 from .modules_to_save import Found, copies_of, kept_tensors, require_exactly_kept, task_of, with_heads
 from .prefix import prefix_files, prefix_parts
 from .prompt import prompt_files, prompt_parts
+from .stacks import VERSIONS
 from .tensors import FileTensors, renamed
 from .ties import shared
 from .token_rows import tokens_alone
 
 _WEIGHTS = "adapter_model.safetensors"
-_TARGETS = ("peft", "vllm", "llama.cpp")
+_LAYOUTS = (*VERSIONS, *KEYED)
+_TARGETS = (*_LAYOUTS, "vllm", "llama.cpp")
 _VIRTUAL = {Prefix: prefix_files, Prompt: prompt_files}
 _BASE = "base_model."  # of what is trained beside virtual tokens
 
 
 def load(
-    model: nn.Module, directory: Path, name: str = "default", *, key_mapping: Mapping[str, str] | None = None
+    model: nn.Module,
+    directory: Path,
+    name: str = "default",
+    *,
+    key_mapping: Mapping[str, str] | None = None,
+    layout: str | None = None,
 ) -> list[str]:
     """Puts an adapter that HF peft saved into a model and makes it active; the base is frozen, as by `inject`.
 
@@ -52,14 +61,18 @@ def load(
         name: what to call the adapter here.
         key_mapping: for modules that were renamed since: regular expressions and what to put in their place, tried in
             turn on each key without "base_model.model."; the first that is found is applied. Default what the class of
-            the model says, as in peft.
+            the model says, as in peft, and what parents of experts were called in transformers 4.
+        layout: of the pairs of experts: "peft" (0.19.1 and later), "peft-0.19.0", "peft-0.18", "unsloth" (trained
+            before 2026.9.6), "per-expert" (of models of transformers 4), "automodel" or "sglang". Default what the
+            keys, the shapes and the configuration say; where they could mean two of these, it must be given.
 
     Returns:
         list[str]: the qualified names of the hosts, in the model's order.
 
     Raises:
         AdapterError: a key of the configuration, a tensor or a kind of adapter that is not understood, missing tensors,
-            other shapes, NaN or infinity, a layer on which peft computes something else, and what `inject` refuses.
+            other shapes, NaN or infinity, a layer on which peft computes something else, experts that could be read in
+            two ways, and what `inject` refuses.
         OSError: a file cannot be read.
 
     Source: the files of HF peft 0.21 (Mangrulkar et al. 2022).
@@ -74,6 +87,7 @@ def load(
         >>> peftlib.hf.load(model, directory)
         ['0']
     """
+    _require_one_of("layout", layout, (None, *_LAYOUTS))
     where = os.fspath(directory)
     _require_no_name_of_the_hub(where)
     config = read_config(os.path.join(where, NAME))
@@ -82,11 +96,20 @@ def load(
         raise AdapterError(f"{where}: adapter_model.bin is a pickle, which could run code. Save it as safetensors.")
     with opened(path) as file:
         modules, shapes = Modules(model), {key: found["shape"] for key, found in listed(file).items()}
-        names = renamed(shapes, key_mapping or getattr(model, "_checkpoint_conversion_mapping", None) or {}, path)
+        names = renamed(shapes, key_mapping or _key_mapping(modules), path)
         at = {key: shapes[own] for key, own in names.items()}
         tensors = FileTensors(at, lambda key: read_tensor(file, names[key]), path, names)
-        parts = _parts(modules, config, tensors, path)
+        parts = _parts(modules, config, tensors, path, layout)
     return install_parts(model, parts, name, path, modules.by_name.values(), shared=shared(modules, config, parts))
+
+
+def _require_one_of(argument: str, value: str | None, known: Sequence[str | None]) -> None:
+    if value not in known:
+        raise AdapterError(f"{argument}={value!r} is none of {', '.join(map(repr, known))}. Pass one of them.")
+
+
+def _key_mapping(modules: Modules) -> dict[str, str]:
+    return {**(getattr(modules.model, "_checkpoint_conversion_mapping", None) or {}), **old_names(modules)}
 
 
 def _require_no_name_of_the_hub(where: str) -> None:
@@ -99,11 +122,13 @@ def _require_no_name_of_the_hub(where: str) -> None:
         )
 
 
-def _parts(modules: Modules, config: Config, tensors: FileTensors | None, where: str) -> list[Part]:
+def _parts(
+    modules: Modules, config: Config, tensors: FileTensors | None, where: str, layout: str | None = None
+) -> list[Part]:
     """With the tensors of a file, or fresh."""
     kind = config["peft_type"]
     if kind == "LORA":
-        return fresh_lora(modules, config, where) if tensors is None else lora_parts(modules, config, tensors)
+        return fresh_lora(modules, config, where) if tensors is None else lora_parts(modules, config, tensors, layout)
     if kind == "IA3":
         return ia3_parts(modules, config, tensors, where)
     if kind == "TRAINABLE_TOKENS":
@@ -125,13 +150,15 @@ def save(
     """Writes one adapter as a directory that HF peft, or what reads peft's files, loads and computes the same with.
 
     Tensors are written as they are. For `target="vllm"` and `"llama.cpp"`, which know one rank and one scale for all
-    layers, pairs that differ in either are padded with zeros to the largest rank, and their scale goes into B.
+    layers, pairs that differ in either are padded with zeros to the largest rank, and their scale goes into B. The
+    other targets are layouts of experts; beside them all is as for "peft".
 
     Args:
         model: a model with adapters.
         directory: made if it is not there; each of its two files is replaced whole.
         name: the adapter.
-        target: "peft", "vllm" or "llama.cpp".
+        target: "peft", "vllm", "llama.cpp", or another layout of experts: "peft-0.19.0", "peft-0.18", "unsloth",
+            "per-expert", "automodel" or "sglang", as for `load`.
         task_type: peft's word for the task, such as "CAUSAL_LM"; default what the model's class says. For
             classification and question answering peft expects the head in the file: one that was not trained is
             written as it is.
@@ -150,8 +177,7 @@ def save(
         >>> sorted(os.listdir(directory))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    if target not in _TARGETS:
-        raise AdapterError(f"target={target!r} is none of {', '.join(map(repr, _TARGETS))}. Pass one of them.")
+    _require_one_of("target", target, _TARGETS)
     require_whole(model, "save")
     require(model, (name,))
     found = [(model.get_submodule(host_name), adapter) for host_name, _, adapter in adapters(model, name)]
@@ -160,7 +186,8 @@ def save(
     config, tensors = _files(modules, found, target, task)
     base = base_model_name_or_path or getattr(model, "name_or_path", None) or None
     virtual = "CAUSAL_LM" if "num_virtual_tokens" in config else None  # peft puts them in for a known task alone
-    config |= {"task_type": task or virtual, "base_model_name_or_path": base, "peft_version": VERSION}
+    config |= {"task_type": task or virtual, "base_model_name_or_path": base}
+    config |= {"peft_version": VERSIONS.get(target, VERSION)}
     os.makedirs(directory, exist_ok=True)
     where = os.fspath(directory)
     with replacing(os.path.join(where, NAME)) as text, replacing(os.path.join(where, _WEIGHTS)) as weights:

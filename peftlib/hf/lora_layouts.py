@@ -1,7 +1,6 @@
 """How HF peft lays out the low-rank pair of each kind of layer, and where it computes something else."""
 
 import math
-import re
 from typing import Any
 
 import torch
@@ -15,9 +14,6 @@ from .refusals import CONVS, class_of, is_module_target, refusal
 
 Shape = tuple[int, ...]
 Pair = tuple[Tensor, Tensor]
-
-_SWAPPED_SINCE = (0, 19, 1)
-_SWAPPED_BY_TRANSFORMERS = ("gate_up_proj", "down_proj")  # by some of version 5, beside an older peft
 
 
 class Layout:
@@ -136,56 +132,38 @@ class OutProjection(Layout):
 
 
 class Stacked(Layout):
-    """A parameter [experts, out, in]: [experts·rank, in] and [out, rank·experts], the experts last."""
+    """A parameter [experts, d1, d2]: A is [experts·rank, d2] and B [d1, rank·experts], the experts last; `across`, they
+    change sides. In the order of `Stacked.by_expert` the experts are first in B too."""
 
     rank_dim = 1
+    by_expert = False
+
+    def __init__(self, host: nn.Module, param: str, across: bool | None = None) -> None:
+        super().__init__(host, param)
+        self.is_transposed: bool = bool(getattr(owner_of(host, param)[0], "is_transposed", False))
+        self.across = self.is_transposed if across is None else across
 
     def shapes(self, rank: int) -> tuple[Shape, Shape]:
-        experts, out, inputs = self.shape
+        experts, *sides = self.shape
+        out, inputs = sides[:: -1 if self.across else 1]
         return (experts * rank, inputs), (out, rank * experts)
 
     def read(self, A: Tensor, B: Tensor) -> Pair:
         experts = self.shape[0]
-        return rearrange(A, "(e r) i -> e r i", e=experts), rearrange(B, "o (r e) -> e o r", e=experts).contiguous()
+        columns = "o (e r) -> e o r" if self.by_expert else "o (r e) -> e o r"
+        pair = rearrange(A, "(e r) i -> e r i", e=experts), rearrange(B, columns, e=experts).contiguous()
+        return turned(pair) if self.across else pair
 
     def write(self, A: Tensor, B: Tensor) -> Pair:
-        return rearrange(A, "e r i -> (e r) i"), rearrange(B, "e o r -> o (r e)")
+        as_A, as_B = turned((A, B)) if self.across else (A, B)
+        columns = "e o r -> o (e r)" if self.by_expert else "e o r -> o (r e)"
+        return rearrange(as_A, "e r i -> (e r) i"), rearrange(as_B, columns)
 
 
-class StackedAcross(Stacked):
-    """A parameter [experts, in, out] of a module that calls itself `is_transposed`: A and B change places."""
-
-    def shapes(self, rank: int) -> tuple[Shape, Shape]:
-        experts, inputs, out = self.shape
-        return (experts * rank, inputs), (out, rank * experts)
-
-    def read(self, A: Tensor, B: Tensor) -> Pair:
-        experts = self.shape[0]
-        as_A, as_B = rearrange(B, "o (r e) -> e r o", e=experts), rearrange(A, "(e r) i -> e i r", e=experts)
-        return as_A.contiguous(), as_B.contiguous()
-
-    def write(self, A: Tensor, B: Tensor) -> Pair:
-        return rearrange(B, "e i r -> (e r) i"), rearrange(A, "e r o -> o (r e)")
-
-
-def stack_in_file(layout: Stacked, host: nn.Module, param: str, rank: int, found: Shape, version: str | None) -> Layout:
-    """The layout of a stack [experts, d1, d2] whose A has the shape `found`, as the peft of this version wrote it.
-
-    A is beside d2 from peft 0.19.1 on, or beside d1 where the module is transposed; before, it was the other way round
-    in 0.19.0, and beside d1 always up to 0.18. The shape tells which, but of squares."""
-    other = (Stacked if isinstance(layout, StackedAcross) else StackedAcross)(host, param)
-    if layout.shapes(rank) != other.shapes(rank):
-        return other if found == other.shapes(rank)[0] else layout
-    parts = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version or "")
-    at = tuple(int(part or 0) for part in parts.groups()) if parts else None
-    if at is not None and at >= _SWAPPED_SINCE and not (at == _SWAPPED_SINCE and "dev" in str(version)):
-        return layout
-    if at is None or at >= _SWAPPED_SINCE or param in _SWAPPED_BY_TRANSFORMERS:
-        raise AdapterError(
-            f"its matrices are square, and peft {version or 'of an unknown version'} may have meant either side by A. "
-            f'If it was 0.19.1 or later, say "peft_version": "0.19.1" in the configuration; else merge it in that peft.'
-        )
-    return other if at[:2] == (0, 19) or not isinstance(layout, StackedAcross) else layout
+def turned(pair: Pair) -> Pair:
+    """Of the transposed matrices, and back."""
+    A, B = pair
+    return B.transpose(-2, -1).contiguous(), A.transpose(-2, -1).contiguous()
 
 
 def magnitude_shape(layout: Layout, host: nn.Module, param: str) -> Shape:
@@ -205,7 +183,7 @@ def layout_of(host: nn.Module, param: str) -> Layout:
     if reason:
         raise AdapterError(f"{class_of(owner)}.{leaf}: {reason}. Leave this layer out.")
     if not is_module_target(host, param):
-        return _stacked(owner, param, weight_of(host, param).dim(), host)
+        return Layout(host, param) if weight_of(host, param).dim() == 2 else Stacked(host, param)
     if isinstance(host, nn.MultiheadAttention) and param == "out_proj.weight":
         return OutProjection(host, param)
     if isinstance(owner, nn.Embedding):
@@ -218,9 +196,3 @@ def layout_of(host: nn.Module, param: str) -> Layout:
 def is_linear(layout: Layout) -> bool:
     """A plain pair of matrices."""
     return type(layout) is Layout and len(layout.shape) == 2
-
-
-def _stacked(owner: nn.Module, param: str, dims: int, host: nn.Module) -> Layout:
-    if dims == 2:
-        return Layout(host, param)
-    return StackedAcross(host, param) if getattr(owner, "is_transposed", False) else Stacked(host, param)

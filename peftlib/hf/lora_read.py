@@ -12,11 +12,13 @@ from .._errors import AdapterError
 from ..kinds._weight_layout import is_transposed_linear
 from ..kinds.full import Full
 from .config import Config
+from .experts import read_experts
 from .lora_bias import SUFFIX, OutputBias
-from .lora_layouts import Looked, Stacked, is_linear, magnitude_shape, stack_in_file
+from .lora_layouts import Looked, Stacked, is_linear, magnitude_shape
 from .lora_pairs import MAGNITUDE, Start, begun_part, filled_part
 from .lora_sites import PREFIX, Site, Sites, scale_of, sites_of
 from .modules import Modules
+from .stacks import Writer
 from .targets import modules_kept
 from .tensors import FileTensors
 from .ties import input_embedding, tied_to, with_ties
@@ -30,13 +32,15 @@ _STARTS = {
 _FOR_LINEAR = ("pissa", "olora", "orthogonal")
 
 
-def lora_parts(modules: Modules, config: Config, tensors: FileTensors) -> list[Part]:
+def lora_parts(modules: Modules, config: Config, tensors: FileTensors, layout: str | None = None) -> list[Part]:
     """What replaces weights comes first, so that it lies inside and the pairs act on it."""
     _require_known_start(config, tensors.where)
     config = with_ties(modules, config)
+    apart = read_experts(modules, config, tensors, layout)
+    pairs = [_filled(site, config, tensors, A, B) for site, A, B in apart]
     sites = sites_of(modules, config)
     kept = kept_parts(modules, config, sites, tensors)
-    pairs = [part for site in sites.pairs for part in _pair(site, config, tensors)]
+    pairs += [part for site in sites.pairs for part in _pair(site, config, tensors, layout)]
     replaced = [*_replaced(modules, sites, tensors), *token_parts(modules, config, sites, tensors)]
     tensors.require_all_taken()
     return sorted([*kept, *replaced, *pairs], key=lambda part: part.kind is not Full)
@@ -113,8 +117,8 @@ def _require_known_start(config: Config, where: str) -> None:
         )
 
 
-def _pair(site: Site, config: Config, tensors: FileTensors) -> Iterator[Part]:
-    site = _as_written(site, config, tensors)
+def _pair(site: Site, config: Config, tensors: FileTensors, layout: str | None) -> Iterator[Part]:
+    site = _as_written(site, config, tensors, layout)
     shapes = site.layout.shapes(site.rank)
     keys = [f"{PREFIX}{site.path}.{name}" for name in site.layout.names]
     A, B = (tensors.take(key, shape) for key, shape in zip(keys, shapes, strict=True))
@@ -122,23 +126,28 @@ def _pair(site: Site, config: Config, tensors: FileTensors) -> Iterator[Part]:
         yield _bias_of_pair(site, config, tensors)
     if isinstance(site.host, nn.MultiheadAttention) and not A.count_nonzero() and not B.count_nonzero():
         return  # how a half that is not adapted is written: peft always adapts both
-    magnitude = _magnitude(site, tensors) if config["use_dora"] else None
+    yield _filled(site, config, tensors, A, B, _magnitude(site, tensors) if config["use_dora"] else None)
+
+
+def _filled(
+    site: Site, config: Config, tensors: FileTensors, A: Tensor, B: Tensor, magnitude: Tensor | None = None
+) -> Part:
     try:
-        yield filled_part(site, _start(site, config), A, B, magnitude)
+        return filled_part(site, _start(site, config), A, B, magnitude)
     except AdapterError as error:
         raise AdapterError(f"{tensors.where}: {site.key}: {error}") from None
 
 
-def _as_written(site: Site, config: Config, tensors: FileTensors) -> Site:
-    if not isinstance(site.layout, Stacked):
+def _as_written(site: Site, config: Config, tensors: FileTensors, layout: str | None) -> Site:
+    """The stacks of experts in the layout of who wrote the file."""
+    stack = site.layout
+    if not isinstance(stack, Stacked):
         return site
-    found = tuple(tensors.shapes.get(f"{PREFIX}{site.path}.{site.layout.names[0]}", ()))
-    version = config.get("peft_version")
+    found = tuple(tensors.shapes.get(f"{PREFIX}{site.path}.{stack.names[0]}", ()))
     try:
-        layout = stack_in_file(site.layout, site.host, site.param, site.rank, found, version)
+        return site._replace(layout=Writer(config, layout).reading(stack, site.rank, found, site.at[1]))
     except AdapterError as error:
         raise AdapterError(f"{tensors.where}: {site.key}: {error}") from None
-    return site._replace(layout=layout)
 
 
 def _magnitude(site: Site, tensors: FileTensors) -> Tensor:

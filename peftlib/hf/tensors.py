@@ -55,6 +55,11 @@ class FileTensors:
         del self.left[key]
         return self._read(key)
 
+    def own_name(self, module: str) -> str:
+        """What the file calls a module that has a pair in it."""
+        key = f"{PREFIX}{module}.lora_A.weight"
+        return self._names.get(key, key).removeprefix(PREFIX).removesuffix(".lora_A.weight")
+
     def require_all_taken(self) -> None:
         if self.left:
             found = some(sorted(self._names.get(key, key) for key in self.left))

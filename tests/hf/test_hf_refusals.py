@@ -409,7 +409,7 @@ def test_mixtures_that_one_file_of_peft_cannot_hold(make, names, tmp_path):
 
 def test_an_unknown_target_or_name(tmp_path):
     model = put(("up", LoRA, {}))()
-    refused(lambda m: hf.save(m, tmp_path, target="sglang"), model, ("target='sglang'", "'peft'"))
+    refused(lambda m: hf.save(m, tmp_path, target="axolotl"), model, ("target='axolotl'", "'peft'"))
     refused(lambda m: hf.save(m, tmp_path, "other"), model, ("Net", "'other'"))
 
 
