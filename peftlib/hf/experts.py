@@ -220,7 +220,7 @@ def _read_grouped(experts: Experts, config: Config, tensors: FileTensors) -> Fou
     rank, stem = config["r"], f"{PREFIX}{experts.name}.lora_{_AUTOMODEL[experts.leaf]}"
     A = tensors.take(f"{stem}_A", (experts.count, inputs, rank))
     B = tensors.take(f"{stem}_B", (experts.count, rank, out))
-    return [experts.name], (A.mT.contiguous(), B.mT.contiguous())
+    return [experts.name], (rearrange(A, "e i r -> e r i").contiguous(), rearrange(B, "e r o -> e o r").contiguous())
 
 
 def _read_apart(experts: Experts, config: Config, tensors: FileTensors) -> Found:
@@ -292,7 +292,7 @@ def _write_each(experts: Experts, A: Tensor, B: Tensor) -> Written:
 
 def _write_grouped(experts: Experts, A: Tensor, B: Tensor) -> Written:
     stem = f"{PREFIX}{experts.name}.lora_{_AUTOMODEL[experts.leaf]}"
-    return {f"{stem}_A": A.mT, f"{stem}_B": B.mT}
+    return {f"{stem}_A": rearrange(A, "e r i -> e i r"), f"{stem}_B": rearrange(B, "e o r -> e r o")}
 
 
 def _write_apart(experts: Experts, A: Tensor, B: Tensor) -> Written:
