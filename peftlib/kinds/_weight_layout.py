@@ -105,7 +105,9 @@ def matrices_of(host: nn.Module) -> list[str]:
     weight = getattr(host, "weight", None)
     if isinstance(weight, Tensor) and (weight.dim() >= 2 or not weight.is_floating_point()):
         return ["weight"]
-    own = {name: tuple(p.shape) for name, p in host.named_parameters(recurse=False)}
+    computed = getattr(host, "parametrizations", {})  # as bitsandbytes leaves a stack that it has quantized
+    names = [*(name for name, _ in host.named_parameters(recurse=False)), *computed]
+    own = {name: tuple(getattr(host, name).shape) for name in names}
     stacks = [name for name, shape in own.items() if len(shape) == 3]
     if stacks:  # a mixture's experts
         return stacks

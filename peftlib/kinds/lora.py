@@ -366,6 +366,8 @@ def _check(rank: int, alpha: float, dropout: float, init: str) -> None:
 def _require_low_rank(host: nn.Module, param: str, rank: int) -> None:
     """Of what a user asks for; a file of another tool may hold such a pair, and a default that is too high is ours."""
     _matrix_named(host, param)
+    if low_rank_branch_of(host, param) is None:
+        require_overridable(host, param)
     shape = weight_shape(host, param)
     shape_A, shape_B = form_of(host, param, shape).shapes(shape, 1)
     A, B = form_of(host, param, shape).pair(torch.empty(shape_A, device="meta"), torch.empty(shape_B, device="meta"))

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Int8Params, Params4bit
+from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchao.quantization import Int8Tensor
@@ -12,6 +14,7 @@ from torchao.quantization.granularity import PerRow
 
 import peftlib
 from support.mixtures import MODELS, TARGETS, logits, mixture, tokens
+from support.refusals import refused
 
 EXPERTS = ["eager", "grouped_mm", "batched_mm"]
 CELLS = [(name, how) for name in MODELS for how in (EXPERTS if name != "llama4" else ["eager"])]
@@ -162,6 +165,46 @@ def test_beside_quantized_experts_the_pairs_train_and_the_codes_stay():
     assert torch.equal(model.experts.qdata, codes)
     with pytest.raises(peftlib.AdapterError, match="experts"):
         peftlib.merge(model)
+
+
+def test_stacks_that_bitsandbytes_has_quantized_are_found_and_adapted_beside_their_codes():
+    model = mixture("qwen3", "eager", torch.float32)
+    experts = [model.get_submodule(f"model.layers.{layer}.mlp.experts") for layer in range(2)]
+    for each in experts:
+        for param in ("gate_up_proj", "down_proj"):
+            replace_parameter_4bit(each, param, quant_type="nf4")
+    codes = [p.clone() for each in experts for p in each.parameters()]
+    values = {f"model.layers.{i}.mlp.experts.{param}": getattr(each, param).double()
+              for i, each in enumerate(experts) for param in ("gate_up_proj", "down_proj")}  # fmt: skip
+    peftlib.inject(model, "mlp.experts", peftlib.LoRA, rank=4, alpha=2.0)
+    moved(model)
+    plain = mixture("qwen3", "eager")
+    for host, _, each in peftlib.adapters(model):
+        part: Any = each
+        weight = values[f"{host}.{part.param}"] + 0.5 * part.lora_B.detach().double() @ part.lora_A.detach().double()
+        with torch.no_grad():
+            plain.get_submodule(host).get_parameter(part.param).copy_(weight)
+    found = logits(model)
+    assert_close(found, logits(plain), 1e-4)  # the router's choice is the same; a thousand roundings of float32
+    assert not peftlib.verify(model, tokens()).materialized
+    found.square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in peftlib.parameters(model))
+    assert all(
+        torch.equal(one, p)
+        for one, p in zip(codes, (p for each in experts for p in each.parameters() if not p.requires_grad), strict=True)
+    )
+    with refused(model, "model.layers.0.mlp.experts.gate_up_proj"):
+        peftlib.merge(model)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("pack", [Params4bit, Int8Params])
+def test_a_stack_packed_into_whole_numbers_is_refused_by_its_dtype(pack, rank):
+    model: Any = Quantized()
+    model.experts = pack(torch.randn(4, 32, 32).half(), requires_grad=False).to("cpu")
+    dtype = str(model.experts.dtype)
+    with refused(model, "Quantized.experts", dtype):
+        peftlib.inject(model, Quantized, peftlib.LoRA, param="experts", rank=rank)
 
 
 def test_where_quantized_experts_would_be_made_whole_the_function_is_named():
