@@ -53,7 +53,7 @@ def _linear(linear: Any, input: Any, weight: Any, bias: Any = None) -> Any:
     return y
 
 
-@rule_for("matmul", "__matmul__", "mm", "bmm")
+@rule_for("matmul", "mm", "bmm")
 def _matmul(product: Any, input: Any, other: Any) -> Any:
     if is_right_of(input, other):
         if not other.is_matrix or input.dim() == 1 < other.stack + 1:
@@ -82,7 +82,7 @@ def _addmm(product: Any, input: Any, first: Any, second: Any, *, beta: Any = 1, 
     return added(y, lazy, x, lambda x, L, R: alpha * multiply(R, x), lambda h, L, R: multiply(L, h))
 
 
-@rule_for("grouped_mm", "_grouped_mm")
+@rule_for("_grouped_mm")  # which `torch.nn.functional.grouped_mm` calls
 def _grouped(product: Any, mat_a: Any, mat_b: Any, *rest: Any, **options: Any) -> Any:
     if not is_right_of(mat_a, mat_b) or not mat_b.is_matrix or mat_b.dim() != 3:
         return NotImplemented

@@ -117,12 +117,11 @@ def _without_ellipsis(dim: int, index: tuple[Any, ...]) -> tuple[Any, ...] | Non
     return (*index[:place], *[_ALL] * missing, *index[place + len(dots) :])
 
 
-@_rule_for(Tensor.unbind, torch.unbind, Tensor.__iter__)
-def _unbind(function: Any, weight: LazyWeight, dim: int = 0) -> Any:
+@_rule_for(Tensor.unbind, torch.unbind)
+def _unbind(_: Any, weight: LazyWeight, dim: int = 0) -> Any:
     if dim % weight.base.dim() or weight.stack != 1:
         return NotImplemented
-    apart = [_expert(weight, index) for index in range(len(weight.base))]
-    return iter(apart) if function is Tensor.__iter__ else tuple(apart)
+    return tuple(_expert(weight, index) for index in range(len(weight.base)))
 
 
 @_rule_for(Tensor.select, torch.select)

@@ -1,8 +1,10 @@
 """A weight that LoRA changes and never makes: each function that has a rule, and what happens to the others."""
 
 import copy
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import peftlib
+from peftlib._core.lazy_weight import RULES as WITH_A_RULE
 from support import reference
 
 E, OUT, IN, TOKENS = 3, 8, 4, 5
@@ -77,7 +81,7 @@ def gradients(output: Any, model: Any, x: Tensor) -> list[Tensor | None]:
 
 
 def assert_equal(found: Any, expected: Any, name: str = "") -> None:
-    limit = 1e-5 if name in FLOAT32 else 1e-10  # a hundred roundings of float32
+    limit = LIMITS.get(name, 1e-10)
     for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         assert (one is None) == (other is None)
         if one is not None:
@@ -157,6 +161,7 @@ VIEWS: dict[str, Read] = {
     "index_select": lambda m, x: x @ m.stack.index_select(0, torch.tensor([2, 2])).mT,
     "transpose of a matrix": lambda m, x: x @ m.weight.transpose(0, 1),
     "swapaxes": lambda m, x: x @ torch.swapaxes(m.stack, 1, 2),
+    "swapdims": lambda m, x: x @ m.stack.swapdims(-1, -2),
     "T": lambda m, x: x @ m.weight.T,
     "permute": lambda m, x: x @ m.stack.permute(0, 2, 1),
     "permute by a list": lambda m, x: x @ torch.permute(m.stack, [0, 2, 1]),
@@ -166,13 +171,23 @@ VIEWS: dict[str, Read] = {
     "contiguous": lambda m, x: x @ m.stack.contiguous().mT.contiguous(),
     "to": lambda m, x: F.linear(x, m.weight.to(x.dtype).to(x)),
     "a cast": lambda m, x: F.linear(x.float(), m.weight.float()).double(),
+    "half": lambda m, x: F.linear(x.half(), m.weight.half()).double(),
+    "bfloat16": lambda m, x: F.linear(x.bfloat16(), m.weight.bfloat16()).double(),
+    "double and cpu": lambda m, x: F.linear(x.double(), m.weight.float().double().cpu()),
     "type_as": lambda m, x: F.linear(x, m.weight.type_as(x)),
     "detach": lambda m, x: F.linear(x, m.weight.detach()) + F.linear(x, m.weight),
     "embedding": lambda m, x: x + F.embedding(torch.tensor([1, 1, 0, 5, 2]), m.weight),
     "embedding with padding": lambda m, x: x + F.embedding(torch.tensor([1, 1, 0, 5, 2]), m.weight, padding_idx=1),
 }
 RULES = PRODUCTS | VIEWS
-FLOAT32 = {"a cast", "grouped_mm", "grouped_mm of a batch", "_grouped_mm"}  # torch has no other grouped product
+FLOAT32 = {
+    "a cast",
+    "double and cpu",
+    "grouped_mm",
+    "grouped_mm of a batch",
+    "_grouped_mm",
+}  # torch has no other grouped product
+LIMITS = dict.fromkeys(FLOAT32, 1e-5) | {"half": 1e-2, "bfloat16": 8e-2}  # a hundred roundings, and ten
 
 
 def case(read: Read, **lora: Any) -> tuple[Any, Tensor]:
@@ -214,6 +229,53 @@ def test_a_fresh_adapter_changes_no_bit(name, dtype, init):
     peftlib.inject(model, "0", peftlib.LoRA, param=["stack", "weight"], rank=2, init=init)
     for one, other in zip(tree_leaves(model(x)), tree_leaves(base), strict=True):
         assert torch.equal(one, other)
+
+
+# The table of them in the docs
+
+
+def short(function: Any) -> str:
+    """linear, __getitem__, mT: of a function, a method, a property, or of an operator by its own name."""
+    if isinstance(function, str):
+        return function
+    name = function.__name__
+    return (resolve_name(function) or name).split(".")[-2] if name == "__get__" else name
+
+
+def documented() -> set[str]:
+    text = (Path(__file__).parents[2] / "docs" / "experts.md").read_text()
+    table = text.split("The functions that have a rule", 1)[1].split("\n\n")[1]
+    rows = [line.split("|")[1] for line in table.splitlines()[2:]]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+class Called(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(not isinstance(each, nn.Parameter) and type(each) is not Tensor for each in types):
+            self.names.add(short(func))
+        return func(*args, **kwargs or {})
+
+
+def test_the_table_in_the_docs_has_each_function_that_has_a_rule():
+    assert documented() == {short(function) for function in WITH_A_RULE}
+
+
+def test_each_function_of_the_table_has_a_case_here():
+    with Called() as called:
+        for read in RULES.values():
+            model, x = case(read)
+            model(x)
+        for make, shape, _ in LAYERS.values():
+            model = nn.Sequential(make())
+            peftlib.inject(model, "0", peftlib.LoRA, rank=2)
+            model(torch.randn(shape))
+    # `cuda` is `cpu` on another machine; the others are of traced weights, of torch's layer, and of transformers
+    elsewhere = {"cuda", "__rmatmul__", "bilinear", "transformers::grouped_mm_fallback"}
+    assert documented() - called.names == elsewhere
 
 
 # Without a rule
