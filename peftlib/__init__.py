@@ -45,6 +45,7 @@ from .training.layer_groups import layer_groups as layer_groups
 from .training.learning_rates import SlantedTriangular as SlantedTriangular
 from .training.learning_rates import discriminative_lr as discriminative_lr
 from .training.learning_rates import lora_plus_groups as lora_plus_groups
+from .training.monitoring import monitor as monitor
 from .training.regularizers import EWC as EWC
 from .training.regularizers import L2SP as L2SP
 from .training.unfreezing import GradualUnfreezing as GradualUnfreezing

@@ -69,7 +69,7 @@ FILES = {
     "files": ["header untrusted", "container fingerprint", "rebuild", "save_load parts"],
     "planning": ["forecast", "plan"],
     "training": [
-        "schedules layer_groups regularizers distillation",
+        "schedules layer_groups regularizers distillation monitoring",
         "frozen learning_rates unfreezing_plan",
         "unfreezing",
     ],

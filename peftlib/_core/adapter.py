@@ -103,6 +103,11 @@ class Adapter(nn.Module):
             f"{type(self).__name__} has neither forward nor fold, so it does nothing. Write one of them."
         )
 
+    def low_rank_change(self, host: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        """What this adapter adds to the host's weights, by name, as L R with L [..., out, rank] and R [..., rank, in],
+        each weight read as a matrix; without what it changes in another way."""
+        return {}
+
     def with_own_masks(self, of: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`of(*args, **kwargs)`; masks that it draws in training come from this adapter's seed, if it has one."""
         masks: Any = self._modules.get("masks")

@@ -279,6 +279,16 @@ class LoRA(Adapter):
         dropout = self.dropout if self.training else 0.0
         return {self.param: lazily(weight, LowRank(pairs, self._scale_in(host), dropout, self))}
 
+    def low_rank_change(self, host: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        """s B A. With "pissa" s (B A - B' A'), as s (B - B') A + s B' (A - A'), in which nothing cancels."""
+        if not self.lazy:
+            return {}
+        A, B = self.form.pair(self.lora_A, self.lora_B)
+        if self.init == "pissa":
+            start_A, start_B = self.form.pair(self.initial_A, self.initial_B)
+            A, B = torch.cat([A, A - start_A], -2), torch.cat([B - start_B, start_B], -1)
+        return {self.param: (B * self.scale, A)}
+
     def _require_no_dropout(self, host: nn.Module) -> None:
         if self.dropout and self.training:
             raise AdapterError(
