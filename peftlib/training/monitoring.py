@@ -88,19 +88,18 @@ def monitor(model: nn.Module, name: str | None = None) -> dict[str, float]:
 
 @torch.no_grad()
 def singular_values(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """Those of ΔW, the largest first, [..., rank], by module; one matrix of a weight's size at a time where ΔW is no
-    low-rank product."""
+    """Those of ΔW by module, the largest first; of a stack the mean over its matrices. Where ΔW is no low-rank product
+    it is made, one at a time."""
     require_all_there(model, "spectrum")
     require_unmerged(require(model, () if name is None else (name,)), "spectrum")
     found: dict[str, Tensor] = {}
     for place, host, adapter in _placed(model, name):
-        pairs = [*adapter.low_rank_change(host).values()]
-        if pairs:
-            found[place] = torch.cat([_spectrum(*map(torch.Tensor.cpu, _grams(*pair))) for pair in pairs])
-            continue
-        wide = [change.flatten(1) for change, _ in _dense_changes(host, adapter) if change.dim() > 1]
-        if wide:
-            found[place] = torch.cat([torch.linalg.svdvals(change) for change in wide]).cpu()
+        for L, R in adapter.low_rank_change(host).values():
+            found[place] = _spectrum(*(gram.cpu().double() for gram in _grams(L, R))).mean(0)
+        if place not in found:
+            dense = {path: change for path, (change, _) in _dense_changes(host, adapter).items() if change.dim() > 1}
+            named = {place if len(dense) == 1 else f"{place}.{path}": change for path, change in dense.items()}
+            found |= {one: torch.linalg.svdvals(_precise(change.flatten(1))).cpu() for one, change in named.items()}
     return found
 
 
@@ -201,7 +200,7 @@ def _sums_of_weights(host: nn.Module, adapter: Adapter) -> dict[str, float]:
     changes = _dense_changes(host, adapter)
     if not changes:
         return {}
-    deltas, weights = zip(*changes, strict=True)
+    deltas, weights = zip(*changes.values(), strict=True)
     return {"delta": math.fsum(_squares(deltas)), "weight": sum(_norm(weight) ** 2 for weight in weights)}
 
 
@@ -216,13 +215,15 @@ def _cannot_measure(host: nn.Module, path: str) -> bool:
     return weight_of(host, path).is_meta or bool(not_real_as(host, path))
 
 
-def _dense_changes(host: nn.Module, adapter: Adapter) -> list[tuple[Tensor, Tensor]]:
-    """ΔW and W of each weight, as the adapter by itself changes it."""
+def _dense_changes(host: nn.Module, adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """ΔW and W of each weight, by its first name, as the adapter by itself changes it."""
     own = ((module, leaf) for module in base_modules(host) for leaf, p in module._parameters.items() if p is not None)
     if not can_be_merged(adapter) or any(_cannot_measure(module, leaf) for module, leaf in own):
-        return []
-    folded = {id(value): (value, weight_of(host, path)) for path, value in adapter.fold(host).items()}
-    return [(_whole(value) - _whole(weight), weight) for value, weight in folded.values() if value.is_floating_point()]
+        return {}
+    folded = {id(value): (path, value) for path, value in reversed(adapter.fold(host).items())}
+    found = {path: (_whole(value), weight_of(host, path)) for path, value in reversed(folded.values())}
+    real = {path: pair for path, pair in found.items() if pair[0].is_floating_point()}
+    return {path: (value - _whole(weight), weight) for path, (value, weight) in real.items()}
 
 
 def _grams(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:

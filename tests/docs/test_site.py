@@ -31,7 +31,7 @@ def exported(module: ModuleType) -> list[str]:
 
 def public_names() -> set[str]:
     names: set[str] = set()
-    for place in ("peftlib", "peftlib.schedules", "peftlib.kernels", "peftlib.hf", "peftlib.exchange"):
+    for place in ("peftlib", "peftlib.schedules", "peftlib.kernels", "peftlib.hf", "peftlib.exchange", "peftlib.plot"):
         module = pkgutil.resolve_name(place)
         found = {name for name in exported(module) if not isinstance(getattr(module, name), ModuleType)}
         names |= {f"{place}.{name}" for name in found}

@@ -16,6 +16,17 @@ def blocks(page: Path, label: str = "") -> list[tuple[str, int, str]]:
     return [(m[1], text.count("\n", 0, m.start(3)), m[3]) for m in BLOCK.finditer(text) if m[2] == label]
 
 
+def all_public_objects() -> dict[str, object]:
+    """Those of the package, and of the modules that it imports when they are used."""
+    found = public_objects()
+    for name in peftlib._ON_USE:
+        module = getattr(peftlib, name)
+        tree = ast.parse(Path(str(module.__file__)).read_text())
+        own = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+        found |= public_objects(module) or {f"{module.__name__}.{one}": getattr(module, one) for one in own}
+    return found
+
+
 def public_objects(module: ModuleType = peftlib) -> dict[str, object]:
     """Qualified name -> object, of what a package exports: `from ._file import name as name`, modules included."""
     found: dict[str, object] = {}
