@@ -53,6 +53,7 @@ from .training.unfreezing import GradualUnfreezing as GradualUnfreezing
 if TYPE_CHECKING:
     from . import exchange as exchange
     from . import hf as hf
+    from . import lightning as lightning
     from . import plot as plot
 
     __version__: str
@@ -63,7 +64,7 @@ for _item in [*globals().values()]:
     if getattr(_item, "__module__", "").startswith(f"{__name__}."):
         _item.__module__ = __name__
 
-_ON_USE = ("exchange", "hf", "plot")  # a third of what importing all would take, and few programs use them
+_ON_USE = ("exchange", "hf", "lightning", "plot")  # a third of what importing all would take, and few programs use them
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import peftlib
-from support.pages import all_public_objects, blocks
+from support.pages import all_names, blocks, named
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,9 +53,9 @@ def test_a_page_shows_the_demo_as_it_is(page):
         assert shown in demo or textwrap.indent(shown, "    ") in demo, f"{page}:{line + 1} is not in docs/demo.py"
 
 
-@pytest.mark.parametrize("name", all_public_objects())
+@pytest.mark.parametrize("name", all_names())
 def test_the_example_of_a_docstring_runs(name):
-    thing = all_public_objects()[name]
+    thing = named(name)
     # A module's members are public objects themselves: recursing would run them twice.
     finder = doctest.DocTestFinder(exclude_empty=True, recurse=not isinstance(thing, ModuleType))
     # What a reader takes as given: torch, this package, and the name whose docstring it is.

@@ -52,7 +52,7 @@ def require_apart(groups: Sequence[LayerGroup]) -> None:
             if id(p) in owner:
                 raise AdapterError(f"{name} is in two groups, {owner[id(p)]!r} and {group.name!r}. Take it out of one.")
             owner[id(p)] = group.name
-            if not _trains(p):
+            if not trains(p):
                 raise AdapterError(
                     f"{name} in group {group.name!r} does not require a gradient. Call layer_groups again, after "
                     "whatever froze it."
@@ -100,7 +100,7 @@ def layer_groups(model: nn.Module, by: int | Sequence[Targets] | Depth | None = 
         >>> peftlib.layer_groups(model, by=["layers.0", ["layers.1", "norm"]])
         [LayerGroup('layers.0', 1,696), LayerGroup('layers.1, norm', 1,728)]
     """
-    if not any(_trains(p) for p in model.parameters()):
+    if not any(trains(p) for p in model.parameters()):
         raise AdapterError(
             f"layer_groups: {type(model).__name__} has no parameter that requires a gradient. Set requires_grad, or "
             "inject an adapter first."
@@ -115,7 +115,8 @@ def layer_groups(model: nn.Module, by: int | Sequence[Targets] | Depth | None = 
     raise TypeError(f"by: expected a number, a list of targets, or depth(name, parameter), found {by!r}")
 
 
-def _trains(parameter: nn.Parameter) -> bool:
+def trains(parameter: nn.Parameter) -> bool:
+    """Now, or when its turn comes in a schedule."""
     return parameter.requires_grad or parameter in SCHEDULED
 
 
@@ -123,7 +124,7 @@ def _collected(model: nn.Module, group_of: dict[str, str]) -> list[LayerGroup]:
     """Groups in the order of `group_of`'s values, which must name one for every trainable parameter."""
     groups = {name: LayerGroup(name, {}, {}) for name in dict.fromkeys(group_of.values())}
     for name, p in model.named_parameters():
-        if _trains(p):
+        if trains(p):
             groups[group_of[name]].parameters[name] = p
     for name, module, near in _with_statistics(model, group_of):
         groups[group_of[near]].statistics[name] = module
@@ -164,7 +165,7 @@ def _by_targets(model: nn.Module, by: Sequence[Targets]) -> dict[str, str]:
             if name in group_of:
                 raise AdapterError(f"{name} is in two groups, {group_of[name]!r} and {title!r}. Narrow one of the two.")
             group_of[name] = title
-    left = [name for name, p in model.named_parameters() if _trains(p) and name not in group_of]
+    left = [name for name, p in model.named_parameters() if trains(p) and name not in group_of]
     if left:
         more = f" and {len(left) - 4} more" if len(left) > 4 else ""
         raise AdapterError(
@@ -187,7 +188,7 @@ def _title(target: Any) -> str:
 
 def _by_depth(model: nn.Module, depth: Depth) -> dict[str, str]:
     depths = {name: depth(name, p) for name, p in model.named_parameters()}
-    left = [name for name, p in model.named_parameters() if depths[name] is None and _trains(p)]
+    left = [name for name, p in model.named_parameters() if depths[name] is None and trains(p)]
     if left:
         raise AdapterError(f"layer_groups: depth gave None for {left[0]}. Give every trainable parameter a depth.")
     known = {name: at for name, at in depths.items() if at is not None}

@@ -14,6 +14,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from support.pages import names_on_use
+
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -31,11 +33,19 @@ def exported(module: ModuleType) -> list[str]:
 
 def public_names() -> set[str]:
     names: set[str] = set()
-    for place in ("peftlib", "peftlib.schedules", "peftlib.kernels", "peftlib.hf", "peftlib.exchange", "peftlib.plot"):
+    for place in (
+        "peftlib",
+        "peftlib.schedules",
+        "peftlib.kernels",
+        "peftlib.hf",
+        "peftlib.exchange",
+        "peftlib.plot",
+        "peftlib.lightning",
+    ):
         module = pkgutil.resolve_name(place)
         found = {name for name in exported(module) if not isinstance(getattr(module, name), ModuleType)}
         names |= {f"{place}.{name}" for name in found}
-    return names
+    return names | {*names_on_use()}
 
 
 def test_every_public_name_has_one_entry_in_the_reference():

@@ -1,6 +1,7 @@
 """What a reader sees: the code blocks of a page, and the public names of a package."""
 
 import ast
+import pkgutil
 import re
 from pathlib import Path
 from types import ModuleType
@@ -16,15 +17,31 @@ def blocks(page: Path, label: str = "") -> list[tuple[str, int, str]]:
     return [(m[1], text.count("\n", 0, m.start(3)), m[3]) for m in BLOCK.finditer(text) if m[2] == label]
 
 
-def all_public_objects() -> dict[str, object]:
-    """Those of the package, and of the modules that it imports when they are used."""
-    found = public_objects()
-    for name in peftlib._ON_USE:
-        module = getattr(peftlib, name)
-        tree = ast.parse(Path(str(module.__file__)).read_text())
-        own = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
-        found |= public_objects(module) or {f"{module.__name__}.{one}": getattr(module, one) for one in own}
-    return found
+def names_on_use() -> list[str]:
+    """Public names of the modules that the package imports when they are used, read from their sources: some of these
+    import another library, which may take seconds."""
+    return [f"peftlib.{module}.{name}" for module in peftlib._ON_USE for name in _names_in(_source_of(module))]
+
+
+def all_names() -> list[str]:
+    return [*public_objects(), *names_on_use()]
+
+
+def named(name: str) -> object:
+    return public_objects().get(name) or pkgutil.resolve_name(name)
+
+
+def _source_of(module: str) -> ast.Module:
+    path = Path(str(peftlib.__file__)).with_name(module)
+    return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+
+
+def _names_in(tree: ast.Module) -> list[str]:
+    """What a source exports again as itself, for type checkers too; else what it defines."""
+    again = [each.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for each in node.names]
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    exported = [name for name in again if name and not name.startswith("_")]
+    return exported or [name for name in defined if not name.startswith("_")]
 
 
 def public_objects(module: ModuleType = peftlib) -> dict[str, object]:

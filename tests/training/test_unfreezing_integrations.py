@@ -1,7 +1,6 @@
-"""Gradual unfreezing in transformers' Trainer and in Lightning: the page's callbacks, run with the real libraries."""
+"""Gradual unfreezing in transformers' Trainer and in Lightning: our callbacks, run with the real libraries."""
 
 import logging
-import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,18 +16,8 @@ from peftlib import schedules
 from support.ecosystem import feature
 from support.helpers import Network, bits
 
-PAGE = Path(__file__).parents[2] / "docs" / "unfreezing.md"
 GROUPS = ["embedding", "layers.0", "layers.1", "head"]
 STEPS = 8  # of the optimizer; a move is due at 2, 4 and 6
-
-
-def from_the_page(name: str) -> Any:
-    """The class of this name as the page shows it."""
-    blocks = re.findall(r"```python.*?\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    (source,) = [block for block in blocks if f"class {name}(" in block]
-    namespace: dict[str, Any] = {"torch": torch, "peftlib": peftlib}
-    exec(compile(source, str(PAGE), "exec"), namespace)
-    return namespace[name]
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
@@ -102,7 +91,7 @@ def train_with_the_trainer(folder: Path, optimizer_name: str, resume: int = 0) -
         optim=optimizer_name, optim_args="momentum=0.9" if optimizer_name == "sgd" else None, disable_tqdm=True,
         logging_strategy="no", dataloader_num_workers=0,
     )  # fmt: skip
-    unfreeze = from_the_page("UnfreezeInTrainer")(schedules.every(2))
+    unfreeze = peftlib.hf.TrainerCallback(schedules.every(2))
     trainer = Trainer(model=model, args=args, train_dataset=Rows(), callbacks=[unfreeze, Record()])
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{resume}") if resume else None)
     return log
@@ -145,7 +134,7 @@ def train_with_lightning(folder: Path, make_optimizer: Any, resume: int = 0) -> 
             record(log, pl_module.tagger, trainer.optimizers[0])
 
     every_step = lightning.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-    unfreeze = from_the_page("UnfreezeInLightning")(schedules.every(2))
+    unfreeze = peftlib.lightning.Callback(schedules.every(2))
     trainer = lightning.Trainer(
         max_steps=STEPS, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[unfreeze, Record(), every_step], default_root_dir=folder,
