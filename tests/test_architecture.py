@@ -41,7 +41,7 @@ FILES = {
         "lora bottleneck",
     ],
     "_core": [
-        "targets override table foreign containers reads randomness swap weights",
+        "targets override table progress foreign containers reads randomness swap weights",
         "quantized adapter row_groups",
         "clone guesses lazy_weight row_layout",
         "rows",
@@ -93,7 +93,7 @@ FILES = {
 TRITON = "kernels.*triton*"  # the files that may import it
 RUN_TIME_DEPENDENCIES = {"torch", "safetensors", "numpy", "einops", "triton"}
 # What a user may not have installed, and the one file that imports it, when it is used.
-OPTIONAL = {"plot": {"matplotlib"}, "hf.trainer": {"transformers"}}
+OPTIONAL = {"_core.progress": {"tqdm"}, "plot": {"matplotlib"}, "hf.trainer": {"transformers"}}
 
 
 def _named(folder: Path) -> dict[str, Path]:

@@ -22,6 +22,7 @@ from .host import (
     put,
 )
 from .lost import remember
+from .progress import Progress, reported
 from .randomness import Masks, derived, drawing_from, require_seed
 from .readers import Readers
 from .targets import Targets, select
@@ -66,6 +67,7 @@ def inject(
     exclude: Targets = (),
     freeze: bool = True,
     seed: int | None = None,
+    progress: Progress | None = None,
     **config: Any,
 ) -> list[str]:
     """Puts an adapter of one kind around every module that `targets` names, in place, and makes it active.
@@ -85,6 +87,8 @@ def inject(
         seed: of the adapter's own randomness: its start and its dropout masks are then the same whatever else was
             injected, alone or in a routed batch, under checkpointing and after it was saved and loaded. Default: both
             come from torch's generators.
+        progress: called with how many adapters are made, and how many there are; default a bar by tqdm, if it is
+            installed, in a terminal and from the second second on. `LoRA(init="pissa")` takes that long.
         **config: keywords of the kind.
 
     Returns:
@@ -106,7 +110,8 @@ def inject(
         require_seed(seed)
         config["seed"] = seed
     with statistics_held(model):
-        placed = [build(part, name) for part in parts_to_inject(model, targets, kind, exclude, config)]
+        there = parts_to_inject(model, targets, kind, exclude, config)
+        placed = [build(part, name) for part in reported(there, len(there), "inject", progress)]
     require_free(model, placed)
     install(model, placed, freeze=freeze)
     return list(dict.fromkeys(item.host_name for item in placed))

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from .._errors import AdapterError
 from .adapter import can_be_merged
-from .host import Adapters, Selection
+from .host import Adapters, Selection, parts
 from .lost import require_all_there
 from .merged_weights import Folded, folded_by_host
+from .progress import Progress, reported
 from .swap import can_swap, give, hold, trade
 from .walk import (
     adapters,
+    all_hosts,
     base_modules,
     hosts,
     require,
@@ -29,7 +31,7 @@ from .weights import Choice, Weights, chosen
 _BACKUP = "_peftlib_backup"
 
 
-def merge(model: nn.Module, *names: Choice, backup: str = "device") -> None:
+def merge(model: nn.Module, *names: Choice, backup: str = "device", progress: Progress | None = None) -> None:
     r"""Folds adapters into the base weights, so that the model runs as fast as the base.
 
     .. math:: W \leftarrow \mathrm{round}(\mathrm{fold}(W)), \text{ computed in float32 or wider and rounded once}
@@ -42,6 +44,8 @@ def merge(model: nn.Module, *names: Choice, backup: str = "device") -> None:
         *names: adapters to fold, in their nesting order, or mappings of them to weights, as in `activate`; default the
             active ones. A name alone has the weight with which it is active.
         backup: where the copies for `unmerge` are kept: "device" beside the weights, or "cpu".
+        progress: called with how many modules are done, and how many there are; default a bar by tqdm, if it is
+            installed, in a terminal and from the second second on.
 
     Raises:
         AdapterError: an absent name, a type that cannot be merged, a weight that another module shares, a parametrized
@@ -60,7 +64,7 @@ def merge(model: nn.Module, *names: Choice, backup: str = "device") -> None:
     written: list[tuple[nn.Module, str, Tensor]] = []
     try:
         with torch.no_grad():
-            for _, items in folded_by_host(model, folded, weights):
+            for _, items in _folded(model, folded, weights, "merge", progress):
                 for item in items:
                     rounded = item.rounded()
                     kept, by_swap = hold(item.base, rounded, item.base.device if backup == "device" else "cpu")
@@ -73,6 +77,13 @@ def merge(model: nn.Module, *names: Choice, backup: str = "device") -> None:
         owner.__dict__.setdefault(_BACKUP, {})[leaf] = kept
     selection.active_before_merge, selection.weights_before_merge = selection.active, selection.weights
     selection.merged, selection.weights, selection.active = folded, weights, ()
+
+
+def _folded(
+    model: nn.Module, names: tuple[str, ...], weights: Weights, doing: str, progress: Progress | None
+) -> Iterator[tuple[nn.Module, list[Folded]]]:
+    total = sum(bool(parts(host, names)) for host in all_hosts(model))
+    return reported(folded_by_host(model, names, weights), total, doing, progress)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -156,7 +167,9 @@ def merged(model: nn.Module, *names: Choice, backup: str = "device") -> Iterator
         unmerge(model)
 
 
-def merged_state_dict(model: nn.Module, *names: Choice) -> Iterator[tuple[str, Tensor]]:
+def merged_state_dict(
+    model: nn.Module, *names: Choice, progress: Progress | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """The base's state dict with adapters folded in, one tensor at a time, under the base's own keys.
 
     The model is not touched, and beyond it no more than one host's weights are held at once.
@@ -164,6 +177,7 @@ def merged_state_dict(model: nn.Module, *names: Choice) -> Iterator[tuple[str, T
     Args:
         model: any module with adapters.
         *names: adapters to fold, as in `merge`; default the active ones, or the merged ones of a merged model.
+        progress: as in `merge`.
 
     Returns:
         Iterator of (key, tensor), in the order of `state_dict()`.
@@ -184,7 +198,7 @@ def merged_state_dict(model: nn.Module, *names: Choice) -> Iterator[tuple[str, T
     if selection.merged and is_there and choice.weights in (None, selection.weights):
         return _stream(model, iter(()))
     _, folded, weights = _ready_to_fold(model, names, "merged_state_dict", views_matter=False)
-    return _stream(model, folded_by_host(model, folded, weights))
+    return _stream(model, _folded(model, folded, weights, "merged_state_dict", progress))
 
 
 @torch.no_grad()

@@ -1,13 +1,14 @@
 """Loss terms that hold weights near where they began: L2-SP and elastic weight consolidation."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import require_at_least
+from .._core.progress import Progress, reported
 from .._core.targets import Targets, select
 from .._core.walk import in_eval_mode
 from .._errors import AdapterError
@@ -81,6 +82,8 @@ class EWC(nn.Module):
             example only.
         strength: λ.
         targets: the modules whose parameters are held, those of their children included; default all of the model.
+        progress: called with how many batches are done, and how many there are (None where `batches` has no length);
+            default a bar by tqdm, if it is installed, in a terminal and from the second second on.
 
     Raises:
         AdapterError: a target that matches nothing, nothing to hold, no example, losses that are no vector, a negative
@@ -107,6 +110,7 @@ class EWC(nn.Module):
         strength: float = 1.0,
         *,
         targets: Targets = (),
+        progress: Progress | None = None,
     ) -> None:
         super().__init__()
         require_at_least(0, "strength", strength, say=100.0)
@@ -115,7 +119,8 @@ class EWC(nn.Module):
         held = _parameters(model, targets)
         self.start = _values(held)
         with _watched(model, held.values()):
-            fisher = _fisher(model, list(held.values()), batches, losses)
+            told = reported(batches, len(batches) if isinstance(batches, Sized) else None, "EWC", progress)
+            fisher = _fisher(model, list(held.values()), told, losses)
         self.fisher = _values(dict(zip(held, fisher, strict=True)))
 
     def forward(self) -> Tensor:
