@@ -15,7 +15,8 @@ import tables
 from mathml import MathML
 
 ROOT = Path(__file__).parent.parent.parent
-_DEMO = re.compile(r"^```python demo$", re.MULTILINE)  # an excerpt of docs/demo.py, which the tests compare
+# Blocks that the tests treat in a way of their own: excerpts of docs/demo.py, and what needs an experiment tracker.
+_LABELLED = re.compile(r"^```python (demo|tracked)$", re.MULTILINE)
 _DRAWING = re.compile(r"^!\[[^]]*\]\([./]*assets/drawings/(\w+)\.svg\)$", re.MULTILINE)
 _OPTIONS = re.compile(r"^<!-- options: (\S+) -->$", re.MULTILINE)
 
@@ -45,7 +46,7 @@ def benchmarks() -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    markdown = _OPTIONS.sub(lambda found: plain_pages.options(found[1]), _DEMO.sub("```python", markdown))
+    markdown = _OPTIONS.sub(lambda found: plain_pages.options(found[1]), _LABELLED.sub("```python", markdown))
     _written[page.file.src_uri] = page.title, plain_pages.expanded(markdown)
     if page.file.src_uri in ("matrix.md", "benchmarks.md"):
         markdown = tables.collapsed(markdown)
