@@ -48,6 +48,7 @@ from .training.learning_rates import lora_plus_groups as lora_plus_groups
 from .training.monitoring import monitor as monitor
 from .training.regularizers import EWC as EWC
 from .training.regularizers import L2SP as L2SP
+from .training.trials import Trials as Trials
 from .training.unfreezing import GradualUnfreezing as GradualUnfreezing
 
 if TYPE_CHECKING:

@@ -70,9 +70,10 @@ FILES = {
     "files": ["header untrusted", "container fingerprint", "rebuild", "save_load parts"],
     "planning": ["forecast", "plan"],
     "training": [
-        "schedules layer_groups regularizers distillation monitoring",
-        "frozen learning_rates unfreezing_plan checkpoints",
-        "unfreezing",
+        "schedules layer_groups regularizers distillation monitoring contents row_batches placement",
+        "frozen learning_rates unfreezing_plan checkpoints trial",
+        "unfreezing gate",
+        "trials",
     ],
     "hf": [
         "config lora_bias modules refusals",

@@ -58,6 +58,10 @@ class Masks(nn.Module):
         self.register_buffer("drawn", torch.zeros((), dtype=torch.int64))
         self.recent: dict[int, int] = {}
 
+    def reseed(self, seed: int | None) -> None:
+        """The masks are from now on those of an adapter with this seed."""
+        self.__dict__["place"] = seed, *self.place[1:]  # the setter of a module takes as long as a copy of its weights
+
     def around(self, of: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`of(*args, **kwargs)`, with torch's generators at the next mask of this adapter."""
         if is_compiling():

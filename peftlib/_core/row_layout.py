@@ -21,7 +21,7 @@ _PLAIN = (bool, int, float, complex, str, type(None), type, torch.dtype, torch.d
 _SEQUENCES = frozenset({"query", "key", "value", "src", "tgt", "memory", "input"})
 _BATCH_FIRST = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 # [queries, keys], the same for all rows; or, in a model of transformers, [positions].
-_FOR_ALL = {"attn_mask": 2, "src_mask": 2, "tgt_mask": 2, "memory_mask": 2, "mask": 2, "cache_position": 1}
+FOR_ALL = {"attn_mask": 2, "src_mask": 2, "tgt_mask": 2, "memory_mask": 2, "mask": 2, "cache_position": 1}
 _BY_ROW = frozenset({"attention_mask", "position_ids", "input_ids", "token_type_ids", "key_padding_mask"})
 
 
@@ -110,7 +110,7 @@ class Layout:
         return [leaf] * len(self.groups.each)
 
     def _has_rows(self, name: str, tensor: Tensor, dim: int, primary: Tensor) -> bool:
-        if tensor.dim() <= dim or tensor.dim() == _FOR_ALL.get(name):
+        if tensor.dim() <= dim or tensor.dim() == FOR_ALL.get(name):
             return False
         if tensor.shape[dim] not in (self.groups.size, self.share * self.groups.size):
             return False
@@ -160,6 +160,12 @@ class Layout:
         if any(first is item for item in self.whole) and all(part is first for part in parts):
             return first
         if all(isinstance(part, Tensor) and part.dim() > dim for part in parts):
+            if len({(*part.shape[:dim], *part.shape[dim + 1 :]) for part in parts}) > 1:
+                raise self._refusal(
+                    f"returned {' and '.join(str([*part.shape]) for part in parts)} for groups of rows, which lie in "
+                    "no common batch",
+                    "Route adapters together that lengthen a row alike (a Prompt of one length)",
+                )
             shares = {part.shape[dim] / count for part, count in zip(parts, self.groups.counts, strict=True)}
             if len(shares) == 1 and shares <= {1, self.share}:
                 return self.groups.join(parts, dim)
