@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from . import hf as hf
     from . import lightning as lightning
     from . import plot as plot
+    from . import search as search
 
     __version__: str
 
@@ -65,7 +66,8 @@ for _item in [*globals().values()]:
     if getattr(_item, "__module__", "").startswith(f"{__name__}."):
         _item.__module__ = __name__
 
-_ON_USE = ("exchange", "hf", "lightning", "plot")  # a third of what importing all would take, and few programs use them
+# A third of what importing all would take, and few programs use them.
+_ON_USE = ("exchange", "hf", "lightning", "plot", "search")
 
 
 def __getattr__(name: str) -> Any:

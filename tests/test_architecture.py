@@ -21,7 +21,7 @@ PACKAGES = [
     "_errors kernels",
     "_core _checks",
     "kinds files training parallel",
-    "hf planning algebra lightning plot",
+    "hf planning algebra lightning plot search",
     "exchange",
     "peftlib",
 ]
@@ -94,7 +94,12 @@ FILES = {
 TRITON = "kernels.*triton*"  # the files that may import it
 RUN_TIME_DEPENDENCIES = {"torch", "safetensors", "numpy", "einops", "triton"}
 # What a user may not have installed, and the one file that imports it, when it is used.
-OPTIONAL = {"_core.progress": {"tqdm"}, "plot": {"matplotlib"}, "hf.trainer": {"transformers"}}
+OPTIONAL = {
+    "_core.progress": {"tqdm"},
+    "plot": {"matplotlib"},
+    "hf.trainer": {"transformers"},
+    "search": {"optuna"},
+}
 
 
 def _named(folder: Path) -> dict[str, Path]:
@@ -274,6 +279,7 @@ def test_importing_peftlib_imports_nothing_heavy():
     assert not added & {
         "triton", "transformers", "numpy", "scipy", "pandas", "matplotlib", "peft", "accelerate", "pytorch_lightning",
         "lightning", "timm", "torchvision", "sentence_transformers", "datasets", "torchao", "bitsandbytes", "diffusers",
+        "optuna",
     }  # fmt: skip
 
 

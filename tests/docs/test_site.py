@@ -41,6 +41,7 @@ def public_names() -> set[str]:
         "peftlib.exchange",
         "peftlib.plot",
         "peftlib.lightning",
+        "peftlib.search",
     ):
         module = pkgutil.resolve_name(place)
         found = {name for name in exported(module) if not isinstance(getattr(module, name), ModuleType)}
