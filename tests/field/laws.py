@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,18 @@ def unchanged_at_the_start(case: Case) -> None:
     if not case.kind.silent:
         raise NotHere("inserting may change the output")
     for train in (False, True):
-        bases = _bases(case, train)
+        bases = _bases(case.subject, train)
         found = case.subject.run(case.adapted(train)) if bases else []
         if bases and not any(same(found, base) for base in bases) and not same(found, _partly_free(case, train)):
             raise Wrong(f"{'train' if train else 'eval'}: differs by {min(distance(found, b) for b in bases):.2g}")
 
 
-def _bases(case: Case, train: bool) -> list[list[Tensor]]:
+@functools.cache
+def _bases(subject: Subject, train: bool) -> list[list[Tensor]]:
     """What the base gives, its weights training or not, with its running statistics held as adapters hold them."""
-    if not train or not any(isinstance(module, _MOVING) for module in case.subject.fresh().modules()):
-        return [output for (mode, _), output in case.subject.bases.items() if mode == train]
-    return [case.subject.run(_held(case.subject.fresh(True)).requires_grad_(free)) for free in (False, True)]
+    if not train or not any(isinstance(module, _MOVING) for module in subject.fresh().modules()):
+        return [output for (mode, _), output in subject.bases.items() if mode == train]
+    return [subject.run(_held(subject.fresh(True)).requires_grad_(free)) for free in (False, True)]
 
 
 def _held(base: nn.Module) -> nn.Module:
@@ -219,7 +220,7 @@ def _cache_gap(subject: Subject, model: Any) -> float:
 def trained_and_ejected_is_the_base(case: Case) -> None:
     """Three steps in train mode, an optimizer with weight decay; then every bit, buffers too."""
     _require_gradients(case.subject, train=True)
-    model = case.adapted(train=True)
+    model = case.injected(train=True)
     before = state(case.subject.fresh(train=True))
     optimizer = torch.optim.AdamW(peftlib.parameters(model), lr=0.01, weight_decay=0.1)
     for _ in range(3):
@@ -241,7 +242,8 @@ def in_place_on_outputs_equals_out_of_place(case: Case) -> None:
     _require_gradients(case.subject, train=False)
     leaves = [name for name, m in named_modules(case.subject) if not list(m.children()) and case.subject.called[name]]
     names = {name for name, _ in case.hosts} & set(leaves)
-    names = {name for name in names if _bears(case, name)} if not _bears(case, *names) else names
+    if not _bears(case.subject, frozenset(names)):
+        names = {name for name in names if _bears(case.subject, frozenset({name}))}
     if not names:
         raise NotHere("no host whose output the base may change in place")
     results = []
@@ -255,10 +257,11 @@ def in_place_on_outputs_equals_out_of_place(case: Case) -> None:
         raise Wrong(f"differs by {gap:.2g}")
 
 
-def _bears(case: Case, *names: str) -> bool:
-    model = case.subject.fresh()
-    with contextlib.suppress(Exception), _after(model, set(names), True):
-        projected([tensor for tensor in case.subject.run(model) if tensor.requires_grad]).backward()
+@functools.cache
+def _bears(subject: Subject, names: frozenset[str]) -> bool:
+    model = subject.fresh()
+    with contextlib.suppress(Exception), _after(model, names, True):
+        projected([tensor for tensor in subject.run(model) if tensor.requires_grad]).backward()
         return True
     return False
 
@@ -270,7 +273,7 @@ def _with_gradients(case: Case, model: nn.Module) -> tuple[list[Tensor], list[Te
 
 
 @contextlib.contextmanager
-def _after(model: nn.Module, names: set[str], in_place: bool) -> Iterator[None]:
+def _after(model: nn.Module, names: Collection[str], in_place: bool) -> Iterator[None]:
     def change(module: nn.Module, inputs: Any, output: Any) -> Any:
         if not isinstance(output, Tensor):
             return output

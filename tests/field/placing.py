@@ -1,6 +1,7 @@
 """Where each kind of adapter goes in a model, and where it is refused."""
 
 import contextlib
+import functools
 import inspect
 import re
 from collections import Counter
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from copies import Copies
 from subject import Subject, moved
 from torch import Tensor, nn
 
@@ -101,10 +103,22 @@ class Case:
     merge_refused: str = ""
 
     def adapted(self, train: bool = False, size: float = 0.0) -> Any:
-        model = self.subject.fresh(train)
-        self.put(model)
+        """A copy of one model that was injected into; injecting is what costs most here."""
+        try:
+            model: Any = self._copies.one().train(train)
+        except RuntimeError:  # as for the base
+            model = self.injected(train)
         if size:
             moved(model, size)
+        return model
+
+    @functools.cached_property
+    def _copies(self) -> Copies:
+        return Copies(self.injected())
+
+    def injected(self, train: bool = False) -> Any:
+        model = self.subject.fresh(train)
+        self.put(model)
         return model
 
     def put(self, model: nn.Module) -> None:
@@ -122,24 +136,29 @@ class Case:
     def settle(self) -> None:
         """Finds the hosts: those where injecting is not refused, nor the call."""
         self.hosts = _distinct(self.subject.built.model, self.kind.hosts(self.subject))
-        if self.hosts and self._refuses(self.hosts):
-            self.hosts = [host for host in self.hosts if not self._drop(host)]
+        model = self.subject.fresh()
+        if self.hosts and _why("inject", lambda: self._copies):
+            self.hosts = [host for host in self.hosts if not self._drop("inject", host, lambda case: case.put(model))]
+        if self.hosts and _why("call", self._called):
+            self.hosts = [host for host in self.hosts if not self._drop("call", host, Case._called)]
+            del self._copies
 
-    def _drop(self, host: Host) -> bool:
-        why = self._refuses([host])
+    def _called(self) -> None:
+        self.subject.plain(self.adapted())
+
+    def _drop(self, doing: str, host: Host, do: Callable[["Case"], None]) -> bool:
+        why = _why(doing, lambda: do(Case(self.subject, self.kind, [host])))
         self.refused.update({host[0]: why} if why else {})
         return bool(why)
 
-    def _refuses(self, hosts: list[Host]) -> str | None:
-        """Why, and whether injecting does so already or the call."""
-        model, doing = self.subject.fresh(), "inject"
-        try:
-            Case(self.subject, self.kind, hosts).put(model)
-            doing = "call"
-            self.subject.plain(model)
-        except peftlib.AdapterError as error:
-            return f"{doing}: {error}"
-        return None
+
+def _why(doing: str, do: Callable[[], Any]) -> str | None:
+    """Why it is refused, if so."""
+    try:
+        do()
+    except peftlib.AdapterError as error:
+        return f"{doing}: {error}"
+    return None
 
 
 def _distinct(model: nn.Module, offered: list[Host]) -> list[Host]:

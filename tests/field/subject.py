@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from copies import Copies
 from families import Built
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -25,9 +26,13 @@ class Subject:
 
     def fresh(self, train: bool = False) -> Any:
         try:
-            return copy.deepcopy(self.built.model).train(train)
+            return self._copies.one().train(train)
         except RuntimeError:  # a weight that a hook computed is no leaf
             return self.built.again().train(train)
+
+    @functools.cached_property
+    def _copies(self) -> Copies:
+        return Copies(self.built.model)
 
     def run(self, model: nn.Module) -> list[Tensor]:
         """Floating-point outputs, from the same random state each time."""
