@@ -126,9 +126,15 @@ def choose(model: M, selection: Selection, names: tuple[str, ...], weights: Weig
     merged = (selection.merged, selection.weights) if selection.merged else None
     if merged:
         unmerge(model)
-    before = selection.active, selection.weights, selection.rows
+    before, count = (selection.active, selection.weights, selection.rows), dict(selection.count)
     selection.active, selection.weights, selection.rows = names, weights, rows
-    return Undo(model, lambda: _choose_again(model, selection, *before, merged))
+
+    def undo() -> None:
+        if before[-1] is None and selection.count != count:  # what came in since may be a copy of what one of these has
+            require_one_copy(model, before[0], "the end of activate")
+        _choose_again(model, selection, *before, merged)
+
+    return Undo(model, undo)
 
 
 def _choose_again(

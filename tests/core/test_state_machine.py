@@ -93,6 +93,7 @@ def tensors_of(target: Any, kind: Any, config: dict[str, Any], _: bool) -> set[s
 
 
 TENSORS = [tensors_of(*part) for part in PARTS]
+COPIES = [tensors if kind is Full else set[str]() for tensors, (_, kind, _, _) in zip(TENSORS, PARTS, strict=True)]
 
 name_of_one = st.sampled_from("abc")
 some_names = st.lists(name_of_one, max_size=3, unique=True).map(tuple)
@@ -139,7 +140,7 @@ class Operations(RuleBasedStateMachine):
         self.active: tuple[str, ...] = ()
         self.merged: tuple[str, ...] = ()
         self.frozen = False
-        self.open: list[tuple[Any, tuple[str, ...]]] = []
+        self.open: list[tuple[Any, tuple[str, ...], tuple[str, ...]]] = []
         self.views: list[tuple[Any, tuple[str, ...]]] = []
         self.base_version = 0
         self.folder = tempfile.TemporaryDirectory()
@@ -155,6 +156,15 @@ class Operations(RuleBasedStateMachine):
 
     def is_free(self, name: str, at: int) -> bool:
         return all(TENSORS[other].isdisjoint(TENSORS[at]) for other in self.parts.get(name, []))
+
+    def one_copy(self, names: tuple[str, ...], name: str = "", ats: list[int] | None = None) -> bool:
+        """Whether no weight has copies in two of the names, these parts put into one of them."""
+        parts = {each: self.parts.get(each, []) + ((ats or []) if each == name else []) for each in {*names, name}}
+        copies = [{weight for at in held for weight in COPIES[at]} for held in parts.values()]
+        return sum(map(len, copies)) == len(set().union(*copies))
+
+    def can_fold(self, names: tuple[str, ...]) -> bool:
+        return bool(names) and not self.views and self.folds(names) and self.one_copy(names)
 
     def arrived(self, name: str, ats: list[int]) -> None:
         self.parts.setdefault(name, []).extend(ats)
@@ -187,6 +197,7 @@ class Operations(RuleBasedStateMachine):
         at = PARTS.index(part)
         target, kind, config, _ = part
         works = not self.merged and not self.views and self.is_free(name, at)
+        works = works and self.one_copy(self.active, name, [at])
         with self.expected(works):
             peftlib.inject(self.model, target, kind, name=name, freeze=freeze, **config)
         if works:
@@ -221,25 +232,32 @@ class Operations(RuleBasedStateMachine):
 
     @rule(names=some_names, stay=st.booleans())
     def activate(self, names: tuple[str, ...], stay: bool) -> None:
-        works = self.is_known(names) and not self.merged
+        """What is merged is unmerged for it."""
+        works = self.is_known(names) and self.one_copy(names) and not (self.merged and self.views)
         with self.expected(works):
             undo = peftlib.activate(self.model, *names)
         if works:
+            merged, before = self.merged, self.aside if self.merged else self.active
             if not stay:
-                self.open.append((undo, self.active))
-            self.active = names
+                self.open.append((undo, before, merged))
+            self.active, self.merged = names, ()
 
     @precondition(lambda self: self.open)
     @rule(at=st.integers(0, 3), fails=st.booleans())
     def leave_a_block(self, at: int, fails: bool) -> None:
         """Blocks may end in any order, after anything happened inside, and by an exception."""
-        undo, before = self.open.pop(at % len(self.open))
-        undo.__exit__(*((Fault, Fault(), None) if fails else (None, None, None)))
-        known = tuple(name for name in before if name in self.parts)
-        if self.merged:
-            self.aside = known
-        elif self.parts:
-            self.active = known
+        undo, *before = self.open.pop(at % len(self.open))
+        active, merged = (tuple(name for name in names if name in self.parts) for names in before)
+        again = bool(merged) and not self.merged
+        works = self.one_copy(active) and (not again or self.can_fold(merged))
+        with contextlib.nullcontext() if works else pytest.raises(AdapterError):
+            undo.__exit__(*((Fault, Fault(), None) if fails else (None, None, None)))
+        if self.merged and works:
+            self.aside = active
+        elif self.parts and self.one_copy(active):
+            self.active = active
+            if again and works:
+                self.merged, self.aside, self.active = merged, active, ()
 
     @rule(names=some_names, fails=st.booleans())
     def train_only(self, names: tuple[str, ...], fails: bool) -> None:
@@ -255,7 +273,7 @@ class Operations(RuleBasedStateMachine):
     @precondition(lambda self: self.parts)
     @rule(names=some_names)
     def view(self, names: tuple[str, ...]) -> None:
-        works = self.is_known(names) and not self.merged
+        works = self.is_known(names) and not self.merged and self.one_copy(names)
         with self.expected(works):
             self.views.append((peftlib.view(self.model, *names), names))
 
@@ -277,7 +295,7 @@ class Operations(RuleBasedStateMachine):
     @rule(names=some_names, backup=st.sampled_from(["device", "cpu"]))
     def merge(self, names: tuple[str, ...], backup: str) -> None:
         chosen = names or self.active
-        works = self.is_known(chosen) and bool(chosen) and not self.merged and not self.views and self.folds(chosen)
+        works = self.is_known(chosen) and not self.merged and self.can_fold(chosen)
         with self.expected(works):
             peftlib.merge(self.model, *names, backup=backup)
         if works:
@@ -350,6 +368,7 @@ class Operations(RuleBasedStateMachine):
             return
         ats, base_version = self.files[name]
         works = not self.merged and not self.views and all(self.is_free(called, at) for at in ats)
+        works = works and self.one_copy(self.active, called, ats)
         works = works and base_version == self.base_version
         if base_version != self.base_version:
             return  # the base may or may not have moved where this file looks

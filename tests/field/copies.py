@@ -6,12 +6,9 @@ import pickle
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 
 class Copies:
-    """Every copy has its own tensors; configurations, which nothing here changes, are shared."""
-
     def __init__(self, model: nn.Module) -> None:
         self.model, self.pickled = model, io.BytesIO()
         self.pickler = _Apart(self.pickled)
@@ -30,11 +27,11 @@ class Copies:
 class _Apart(pickle.Pickler):
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
-        self.apart: list[Any] = []
+        self.apart: list[Tensor] = []
         self.places: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, (Tensor, PreTrainedConfig)):
+        if not isinstance(obj, Tensor):
             return None
         place = self.places.setdefault(id(obj), len(self.apart))
         self.apart += [obj] if place == len(self.apart) else []
@@ -42,11 +39,10 @@ class _Apart(pickle.Pickler):
 
 
 class _Together(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, apart: list[Any]) -> None:
+    def __init__(self, file: io.BytesIO, apart: list[Tensor]) -> None:
         super().__init__(file)
         self.apart = apart
         self.copied: dict[int, Any] = {}  # of all tensors, for some share storage
 
-    def persistent_load(self, pid: int) -> Any:
-        found = self.apart[pid]
-        return copy.deepcopy(found, self.copied) if isinstance(found, Tensor) else found
+    def persistent_load(self, pid: int) -> Tensor:
+        return copy.deepcopy(self.apart[pid], self.copied)

@@ -19,8 +19,8 @@ from torch import nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-_LIMIT = 20_000_000  # parameters; a copy of a model is made for each law
-_PATIENCE = 8  # seconds of work for finding a recipe
+_LIMIT = 30_000_000  # parameters; a copy of a model is made for each law
+_PATIENCE = 5  # seconds of work for finding a recipe
 _HEADS = (
     "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "MASKED_LM",
     "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION", "AUDIO_CLASSIFICATION", "CTC", "OBJECT_DETECTION",

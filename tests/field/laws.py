@@ -220,7 +220,7 @@ def _cache_gap(subject: Subject, model: Any) -> float:
 def trained_and_ejected_is_the_base(case: Case) -> None:
     """Three steps in train mode, an optimizer with weight decay; then every bit, buffers too."""
     _require_gradients(case.subject, train=True)
-    model = case.injected(train=True)
+    model = case.adapted(train=True)
     before = state(case.subject.fresh(train=True))
     optimizer = torch.optim.AdamW(peftlib.parameters(model), lr=0.01, weight_decay=0.1)
     for _ in range(3):

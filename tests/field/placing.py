@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import peftlib
 
-_ALIKE = 2  # hosts of one class whose names differ in numbers alone, as those of equal layers and experts do
+_ALIKE = 1  # of hosts of one class whose names differ in numbers alone, as those of equal layers and experts do
 
 Host = tuple[str, dict[str, Any]]
 

@@ -89,7 +89,7 @@ def apart(name: str, seconds: int, gigabytes: float) -> list[Record]:
             os._exit(1)
     os.close(write)
     with os.fdopen(read) as lines:
-        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        records = [{**json.loads(line), "torch": torch.__version__} for line in lines if line.endswith("\n")]
     _, status = os.waitpid(child, 0)
     if status:
         struck = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
@@ -117,10 +117,8 @@ def _work(name: str, write: int, seconds: int, gigabytes: float) -> None:
 
 def sweep(names: list[str], cache: Path, seconds: int, gigabytes: float) -> None:
     """Goes on where an earlier run stopped; a line is written for each record at once."""
-    done = {record["name"] for record in table.records(cache)}
-    for name in names:
-        if name in done:
-            continue
+    done = {record["name"] for record in table.records(cache.parent)}
+    for name in (name for name in names if name not in done):
         started = time.monotonic()
         records = apart(name, seconds, gigabytes)
         with cache.open("a") as lines:
@@ -156,7 +154,8 @@ def main() -> None:
     if options.retry:
         forget(options.cache, options.only)
     _import_ahead()
-    names = [name for name in families.names() if options.only in name]
+    done = {record["name"] for record in table.records(options.cache)}
+    names = [name for name in families.names() if options.only in name and name not in done]
     children = []
     for worker in range(1, options.workers):
         child = os.fork()
