@@ -181,3 +181,9 @@ def _require_direction(host: nn.Module, param: str, init: str) -> None:
             f"{type(host).__name__}.{param} is {unreal}, and DoRA needs the norms of its rows. Dequantize it, or "
             "use LoRA."
         )
+    if isinstance(host.__dict__.get(param), Tensor) and f"{param}_u" in host._buffers:
+        raise AdapterError(
+            f"{type(host).__name__}.{param}: a hook divides it by an estimate of its largest singular value, which "
+            "moves in training, and DoRA's magnitude would not follow. Use "
+            "torch.nn.utils.parametrizations.spectral_norm, or LoRA."
+        )

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import peftlib
-from peftlib import AdapterError, Bottleneck, Full, LoRA
+from peftlib import AdapterError, Bottleneck, DoRA, Full, LoRA
 from support.helpers import bits
+from support.refusals import refused
 
 X = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(3))
 
@@ -105,6 +106,12 @@ def test_inject_and_plan_take_no_step_of_a_power_iteration():
     peftlib.plan(model, nn.Linear, LoRA, rank=2)
     peftlib.inject(model, nn.Linear, LoRA, rank=2)
     assert buffers(model) == before
+
+
+def test_a_magnitude_is_refused_where_a_hook_divides_the_weight_by_what_moves_in_training():
+    model = nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(6, 6)))
+    with refused(model, "DoRA", "0", "Linear.weight"):
+        peftlib.inject(model, "0", DoRA, rank=2)
 
 
 def test_the_norm_runs_as_in_eval_mode_and_the_flags_stay_the_users():

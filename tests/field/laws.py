@@ -207,7 +207,7 @@ def _gap_of_the_base(subject: Subject) -> float:
 @torch.no_grad()
 def _cache_gap(subject: Subject, model: Any) -> float:
     """How far scores of three greedy tokens are apart, as part of the largest."""
-    given = {k: v for k, v in subject.built.inputs.items() if k not in ("decoder_input_ids", "use_cache")}
+    given = {k: v for k, v in subject.inputs().items() if k not in ("decoder_input_ids", "use_cache")}
     options: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": 1}
     if getattr(model.config, "is_encoder_decoder", False):
         options["decoder_start_token_id"] = 1

@@ -39,10 +39,11 @@ class Subject:
         torch.manual_seed(5)
         random.seed(5)
         np.random.seed(5)
-        leaves = tree_leaves(model(**self._inputs(_is_wide(model))))
+        leaves = tree_leaves(model(**self.inputs(_is_wide(model))))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())]
 
-    def _inputs(self, wide: bool) -> dict[str, Any]:
+    def inputs(self, wide: bool = False) -> dict[str, Any]:
+        """Copies, for some models write into what they are given."""
         given = copy.deepcopy(self.built.inputs)
         if not wide:
             return given
