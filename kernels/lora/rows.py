@@ -43,6 +43,14 @@ class Segments:
         # One batched product then serves all: as many rows for each pair, and none without one.
         self.are_alike = len({*counts}) == 1 and None not in scales
         self.scale = scales[0] if len({*scales}) == 1 else None
+        self._columns: dict[Any, Tensor] = {}
+
+    def scale_column(self, like: Tensor) -> Tensor:
+        """The scales [pairs, 1, 1] in the dtype and on the device of `like`, copied there once."""
+        key = like.dtype, like.device
+        if key not in self._columns:
+            self._columns[key] = torch.tensor(self.scales, dtype=like.dtype).to(like.device).view(-1, 1, 1)
+        return self._columns[key]
 
 
 def lora_linear_rows(
@@ -85,7 +93,8 @@ def lora_linear_rows(
     trained = [x, weight, *factors] if bias is None else [x, weight, bias, *factors]
     if torch.is_grad_enabled() and any(each.requires_grad for each in trained):
         return apply(_LoRARows, x, weight, bias, segments, *factors)
-    return _forward(x, weight, bias, segments, factors)[0]
+    y2, _ = _forward(x, weight, bias, segments, factors)
+    return y2.view(*x.shape[:-1], y2.shape[-1])
 
 
 def serves_rows(x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> bool:
@@ -115,7 +124,7 @@ class _LoRARows(Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments, *factors: Tensor
     ) -> Tensor:
-        y, h = _forward(x, weight, bias, segments, factors)
+        y2, h = _forward(x, weight, bias, segments, factors)
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         needs_A, needs_B = any(ctx.needs_input_grad[4::2]), any(ctx.needs_input_grad[5::2])
         ctx.save_for_backward(
@@ -125,7 +134,7 @@ class _LoRARows(Function):
             *factors,
         )
         ctx.segments, ctx.x_shape, ctx.products = segments, x.shape, len(h)
-        return y
+        return as_own_tensor(y2, (*x.shape[:-1], y2.shape[-1]))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
@@ -138,7 +147,7 @@ class _LoRARows(Function):
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments, factors: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
-    """y, and the products s·x Aᵀ: one for each pair, or one of all."""
+    """y [tokens, out], and the products s·x Aᵀ: one for each pair, or one of all."""
     x2 = _sorted(x, segments.order, segments.size)
     y2 = F.linear(x2, weight, bias)
     if segments.are_alike:
@@ -151,7 +160,7 @@ def _forward(
         for scale, rows, lora_A, lora_B in _each(x2.shape[0], segments, factors):
             products.append(torch.mm(x2[rows], lora_A.t()).mul_(scale))
             y2[rows].addmm_(products[-1], lora_B.t())
-    return as_own_tensor(_sorted(y2, segments.back, segments.size), (*x.shape[:-1], y2.shape[-1])), products
+    return _sorted(y2, segments.back, segments.size), products
 
 
 def _backward(ctx: Any, dY: Tensor) -> tuple[Any, ...]:
@@ -268,7 +277,7 @@ def _scaled(h: Tensor, segments: Segments) -> Tensor:
     scale = segments.scale
     if scale is not None:
         return h if scale == 1.0 else h.mul_(scale)
-    return h.mul_(torch.tensor(segments.scales, dtype=h.dtype).to(h.device).view(-1, 1, 1))
+    return h.mul_(segments.scale_column(h))
 
 
 def _stacked(factors: Sequence[Tensor]) -> Pair:

@@ -19,21 +19,34 @@ class LoRARows:
         scales = tuple(None if not own else own[0].scale if len(own) == 1 else 1.0 for own in adapters)
         self.dropping = [adapter for own in adapters for adapter in own if adapter.dropout]
         self.segments = Segments(tuple(groups.counts), scales, groups.order, groups.back)
+        self.own = [own for own in adapters if own]
+        # What a module's own look-up passes by; None where a pair is joined of several in each call.
+        alone = all(len(own) == 1 for own in self.own)
+        self.places = [(own[0].__dict__, own[0]._parameters) for own in self.own] if alone else None
 
     def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         (x,) = args or kwargs.values()
         if (
-            any(adapter.training for adapter in self.dropping)
+            (self.dropping and any(adapter.training for adapter in self.dropping))
             or not runs_bare(self.host, call)
             or x.dim() < 2
             or x.shape[0] % self.groups.size
         ):
             return NotImplemented
         weight, bias = tensors_of(self.host, "weight", "bias")
-        pairs = [_pair(own) for own in self.adapters if own]
+        pairs = self._pairs()
         if not x.numel() or not serves_rows(x, weight, [factor for pair in pairs for factor in pair]):
             return NotImplemented
         return lora_linear_rows(x, weight, bias, pairs, self.segments)
+
+    def _pairs(self) -> list[Any]:
+        """Of 16 adapters 4 µs, where one look-up after another takes 11."""
+        if self.places is not None and not any("lora_A" in own or "lora_B" in own for own, _ in self.places):
+            try:
+                return [(parameters["lora_A"], parameters["lora_B"]) for _, parameters in self.places]
+            except KeyError:  # computed, as parametrized ones are
+                pass
+        return [_pair(own) for own in self.own]
 
 
 def _pair(own: Sequence[Any]) -> Any:
