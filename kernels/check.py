@@ -16,8 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import grouped
 from .bottleneck.reference import ACTIVATIONS
+from .grouped import reference as grouped
+from .grouped.blocks import blocks_of
 from .lora import reference
 from .tiles import Tile
 
@@ -39,9 +40,15 @@ def agrees(
 ) -> bool:
     """Whether `launch`, which computes `op` with `tile`, is right; warns if it is not, or if it fails."""
     width = 336 if aligned else 333  # more than one block, the last one partly filled
-    arguments = _sample(op, normal_like(device, dtype), factor_dtype, rank, width, 0.25 if dropout else 0.0)
+    normal, p = normal_like(device, dtype), 0.25 if dropout else 0.0
+    if op.startswith("grouped"):
+        arguments = _grouped_sample(op, normal, factor_dtype, rank, width, p, tile.rows)
+    else:
+        arguments = _sample(op, normal, factor_dtype, rank, width, p)
     expected = partial(_expected, op, arguments, dtype, rank, width)
-    return holds(f"{op} for {dtype} at rank {rank} on {device}", partial(launch, *arguments, tile=tile), expected)
+    written = arguments[0].clone() if op.endswith("_") else arguments[0]
+    run = partial(launch, written, *arguments[1:], tile=tile)
+    return holds(f"{op} for {dtype} at rank {rank} on {device}", run, expected)
 
 
 def bottleneck_agrees(
@@ -97,23 +104,38 @@ def _sample(
     wide, hidden = normal(ROWS, width), normal(ROWS, rank)
     A, B = normal(rank, width, dtype=factor_dtype), normal(width, rank, dtype=factor_dtype)
     seed = torch.tensor([20240607], device=wide.device) if p else None
-    table = grouped.block_table(torch.arange(ROWS, device=wide.device) * 2 // ROWS, 16), 16
     return {
         "shrink": (wide, A, 0.5, p, seed),
         "backward_x": (wide, hidden, A, p, seed),
         "backward_x_only": (hidden, A, p, seed),
         "backward_y": (wide, B, hidden, 0.5),
         "expand": (wide, hidden, B),
-        "grouped_shrink": (wide, torch.stack([A, -A]), torch.ones(2, device=wide.device), *table),
-        "grouped_expand": (wide, hidden, torch.stack([B, -B]), *table),
+    }[op]
+
+
+def _grouped_sample(
+    op: str, normal: Callable[..., Tensor], factor_dtype: torch.dtype, rank: int, width: int, p: float, rows: int
+) -> tuple:
+    """Two adapters, the first in two runs and of several items, and rows of none between."""
+    wide, hidden = normal(ROWS, width), normal(ROWS, rank)
+    A, B = normal(2, rank, width, dtype=factor_dtype), normal(2, width, rank, dtype=factor_dtype)
+    device = wide.device
+    blocks = blocks_of([(0, ROWS // 2), (-1, 3), (1, ROWS // 4), (0, ROWS // 4 - 3)], 2, rows, 4, device)
+    scales = torch.tensor([0.5, -2.0], device=device)
+    masks = grouped.Masks.of((p, p / 2), torch.tensor([20240607, 1], device=device)) if p else None
+    return {
+        "grouped_shrink": (wide, A, scales, blocks, masks),
+        "grouped_expand_": (wide, hidden, B, blocks),
+        "grouped_backward_y": (wide, B, hidden, scales, blocks),
+        "grouped_backward_x": (wide, hidden, A, blocks, masks),
     }[op]
 
 
 def _expected(op: str, arguments: tuple, dtype: torch.dtype, rank: int, width: int) -> list[Expected]:
     exact = _referred(op, *(_wide(argument, dtype) for argument in arguments))
     sizes = _referred(op, *(_size(_wide(argument, dtype)) for argument in arguments))
-    along = {"shrink": [width], "grouped_shrink": [width], "backward_x": [rank, ROWS], "backward_y": [width, ROWS]}
-    terms = along.get(op, [rank])
+    along = {"shrink": [width], "backward_x": [rank, ROWS], "backward_y": [width, ROWS]}
+    terms = along.get(op.removeprefix("grouped_"), [rank])
     return [(e, (n + 2) * _UNIT * size) for e, size, n in zip(exact, sizes, terms, strict=True)]
 
 

@@ -203,7 +203,7 @@ class KernelSteps:
         return (self.kernels if self.draws else aten).draw_seed(x)
 
     def keep_mask(self, x: Tensor, dropout: float, seed: Tensor) -> Tensor:
-        return (self.kernels if self.draws else aten).keep_mask(x, dropout, seed)
+        return self.kernels.keep_mask_of(x, dropout, seed) if self.draws else aten.keep_mask(x, dropout, seed)
 
     def shrink(self, x: Tensor, lora_A: Tensor, scale: float, dropout: float, seed: Tensor | None) -> Tensor:
         # Without dropout both read x once. With it ATen writes a mask and a dropped x and reads them: 2.5 times x more.
@@ -238,6 +238,26 @@ class KernelSteps:
 
     def backward_A(self, x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
         return aten.backward_A(x, g, dtype)
+
+
+def grouped_kernels(x: Tensor, factors: Sequence[Tensor], dropping: bool) -> Any | None:
+    """The kernels for rows of many pairs, or None where they do not take these or one of them was found wrong. That
+    each binary is right is asked for sums that are split and not split: how many blocks there will be depends on how
+    the rows lie."""
+    if not all(takes_kernels(x, *pair) for pair in zip(factors[::2], factors[1::2], strict=True)):
+        return None
+    from .grouped import triton as kernels
+
+    (out, _), K = factors[1].shape, x.shape[-1]
+    tokens, rank = x.numel() // K, max(factor.shape[0] for factor in factors[::2])
+    rows = tiles.grouped_rows(tokens)
+    widths = {"grouped_backward_y": out, "grouped_expand_": out, "grouped_backward_x": K, "grouped_shrink": K}
+    trusted = all(
+        is_trusted(op, x.device, x.dtype, x.dtype, M, width, rank, dropping, rows)
+        for op, width in widths.items()
+        for M in (1, 1 << 20)
+    )
+    return kernels if trusted else None
 
 
 def draws_in_graph(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> bool:

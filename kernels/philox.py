@@ -71,3 +71,15 @@ def new_seed(device: torch.device) -> Tensor:
     """A seed from the device's default generator, left on the device: nothing waits for it, and a checkpoint or a CUDA
     graph that restores the generator gets the same mask again."""
     return torch.randint(0, 2**63 - 1, (1,), device=device)
+
+
+def draw_seed(x: Tensor) -> Tensor:
+    """The seed of a mask that kernels draw in their registers, on the device of `x`."""
+    return new_seed(x.device)
+
+
+def keep_mask_of(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
+    """The mask of `x` as the plain form multiplies with it: the kernels divide by the share that their 16 bits keep,
+    the plain form by 1 - p."""
+    kept = keep_mask(x.shape[0], x.shape[1], dropout, seed)
+    return kept.to(x.dtype) * (kept_scale(dropout) * (1.0 - dropout))

@@ -137,14 +137,46 @@ def expand() -> Tile:
     return Tile(64, 128, 4, 1)
 
 
-def grouped(rows: int) -> Tile:
-    """As `shrink` and `expand` without dropout; a block has the rows of its table."""
-    return Tile(rows, 128, 4, 3)
-
-
 def grouped_rows(M: int) -> int:
-    """The rows of a block whose rows share an adapter: few where a batch is small, so that few of them are idle."""
-    return 16 if M <= 256 else 64
+    """The rows of a block whose rows share an adapter: few where a batch is small, so that few of them are idle; and no
+    more than the backward kernels have registers for."""
+    return 16 if M <= 256 else 32
+
+
+def grouped_items(width: int, blocks_of_rows: int, waves: int, capability: tuple[int, int]) -> int:
+    """Into how many parts the sums over all rows are dealt."""
+    return _splits(blocks(width, 256), blocks_of_rows, waves, capability)
+
+
+def grouped_shrink(
+    blocks_of_rows: int, K: int, rank: int, rows: int, dropout: bool, capability: tuple[int, int]
+) -> Tile:
+    """As `shrink`, on blocks of `rows` rows, with as many elements a thread."""
+    columns, warps, stages = 128, 4, 3
+    if dropout:
+        above, warps, stages = _dropout_shrink(capability)[0 if rank <= 16 else 1 if rank <= 32 else 2]
+        columns, warps = SUPER_BLOCK, max(1, warps * rows // above)
+        if rank > 32 and capability[0] == 9 and capability != MI300X:
+            warps *= 2  # sm_90 spills 62 bytes else
+    return Tile(rows, columns, warps, stages, _splits(blocks_of_rows, blocks(K, columns), 1, capability))
+
+
+def grouped_expand(rows: int) -> Tile:
+    """As `expand`."""
+    return Tile(rows, 128, 4, 1)
+
+
+def grouped_backward_y(rank: int, rows: int, capability: tuple[int, int]) -> Tile:
+    """As `backward_y`; over how many programs the rows are dealt is the table's."""
+    alone = backward_y(rows, 256, rank, capability)
+    return Tile(rows, alone.columns, alone.warps, alone.stages)
+
+
+def grouped_backward_x(rank: int, rows: int, dropout: bool, capability: tuple[int, int]) -> Tile:
+    """As `backward_x`."""
+    alone = backward_x(rows, SUPER_BLOCK, rank, dropout, capability)
+    stages = 1 if rank > 32 and capability in ((8, 6), (8, 9)) else alone.stages  # at 2 they spill 38 bytes
+    return Tile(rows, alone.columns, alone.warps, stages)
 
 
 def bottleneck(width: int, element_size: int, capability: tuple[int, int]) -> Tile:
@@ -160,8 +192,14 @@ def backward_y_pays(rank: int) -> bool:
 
 def tile_of(op: str, M: int, width: int, rank: int, dropout: bool, capability: tuple[int, int], rows: int = 0) -> Tile:
     """The tile of any op, by its name, for M rows of `width`; `rows` of a block where the op is a grouped one."""
-    if rows:
-        return grouped(rows)
+    if op == "grouped_shrink":
+        return grouped_shrink(blocks(M, rows), width, rank, rows, dropout, capability)
+    if op == "grouped_expand_":
+        return grouped_expand(rows)
+    if op == "grouped_backward_y":
+        return grouped_backward_y(rank, rows, capability)
+    if op == "grouped_backward_x":
+        return grouped_backward_x(rank, rows, dropout, capability)
     if op == "shrink":
         return shrink(M, width, rank, dropout, capability)
     if op == "backward_x":

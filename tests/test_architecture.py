@@ -29,16 +29,16 @@ PACKAGES = [
 FILES = {
     "kernels": [
         "philox dropout",
-        "tiles lora.aten lora.reference bottleneck.reference",
-        "grouped triton_interpret",
+        "tiles lora.aten lora.reference bottleneck.reference grouped.blocks",
+        "lora.segments grouped.reference triton_interpret",
         "check triton_runtime",
         "lora.triton grouped.triton bottleneck.triton",
         "dispatch",
         "triton_operators",
-        "lora.autograd lora.embedding lora.rows bottleneck.autograd dropped dora",
-        "lora.small bottleneck.bottleneck",
+        "lora.autograd lora.embedding grouped.lora bottleneck.autograd dropped dora",
+        "lora.small lora.rows bottleneck.bottleneck",
         "lora.linear",
-        "lora bottleneck",
+        "lora grouped bottleneck",
     ],
     "_core": [
         "targets override table progress foreign containers reads randomness swap weights",

@@ -10,55 +10,35 @@ from torch.autograd import Function
 from torch.nn import Parameter
 from torch.nn import functional as F
 
-from ..dispatch import apply, as_own_tensor, is_differentiated, is_transformed
-from .reference import lora_term
+from ..dispatch import (
+    apply,
+    as_own_tensor,
+    grouped_kernels,
+    is_differentiated,
+    is_transformed,
+    launches,
+    without_autocast,
+)
+from ..grouped.lora import lora_linear_grouped
+from ..grouped.reference import Masks
+from .segments import Segments, plain_rows
 
 _DENSE = frozenset((Tensor, Parameter))
 Pair = tuple[Tensor, Tensor]
 
 
-class Segments:
-    """The rows of a batch sorted by pair.
-
-    Args:
-        counts: how many rows each pair has.
-        scales: the scale of each pair, None where its rows have none.
-        order: [rows], what sorts the batch; default it is sorted.
-        back: [rows], what undoes that.
-
-    Example:
-        >>> order = torch.tensor([2, 0, 1])
-        >>> segments = peftlib.kernels.Segments((1, 2), (2.0, None), order, order.argsort())
-    """
-
-    def __init__(
-        self,
-        counts: tuple[int, ...],
-        scales: tuple[float | None, ...],
-        order: Tensor | None = None,
-        back: Tensor | None = None,
-    ) -> None:
-        self.counts, self.scales, self.order, self.back = counts, scales, order, back
-        self.size = sum(counts)
-        # One batched product then serves all: as many rows for each pair, and none without one.
-        self.are_alike = len({*counts}) == 1 and None not in scales
-        self.scale = scales[0] if len({*scales}) == 1 else None
-        self._columns: dict[Any, Tensor] = {}
-
-    def scale_column(self, like: Tensor) -> Tensor:
-        """The scales [pairs, 1, 1] in the dtype and on the device of `like`, copied there once."""
-        key = like.dtype, like.device
-        if key not in self._columns:
-            self._columns[key] = torch.tensor(self.scales, dtype=like.dtype).to(like.device).view(-1, 1, 1)
-        return self._columns[key]
-
-
 def lora_linear_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Sequence[Pair], segments: Segments
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pairs: Sequence[Pair],
+    segments: Segments,
+    dropouts: tuple[float, ...] | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """Applies a linear layer to all rows at once, and to each row's result adds the low-rank term of its own pair.
 
-    yᵢ = W xᵢ + b + s Bₖ Aₖ xᵢ, with k = k(i)
+    yᵢ = W xᵢ + b + s Bₖ Aₖ drop(xᵢ), with k = k(i)
 
     For backward it keeps x itself and the rank-r product of each row. Nothing is masked by multiplying: what is not
     finite in one pair or row stays there. Pairs with as many rows each are one batched product, those of lower rank
@@ -82,6 +62,8 @@ def lora_linear_rows(
         bias: [out] or None.
         pairs: lora_A [rank, in] and lora_B [out, rank] of each segment that has one.
         segments: which rows go through which.
+        dropouts: the probability of each pair, where `serves_rows(..., dropping=True)`.
+        seeds: [pairs] int64, that of each pair's mask, on the device of x.
 
     Returns:
         [rows, ..., out].
@@ -90,6 +72,11 @@ def lora_linear_rows(
     Serving, 2023.
     """
     factors = [factor for pair in pairs for factor in pair]
+    kernels = grouped_kernels(x, factors, dropouts is not None) if factors and launches(x) else None
+    if kernels is not None:
+        masks = None if dropouts is None or seeds is None else Masks.of(dropouts, seeds)
+        return lora_linear_grouped(kernels, x, weight, bias, segments, masks, factors)
+    segments = segments.to(x.device)
     trained = [x, weight, *factors] if bias is None else [x, weight, bias, *factors]
     if torch.is_grad_enabled() and any(each.requires_grad for each in trained):
         return apply(_LoRARows, x, weight, bias, segments, *factors)
@@ -97,9 +84,9 @@ def lora_linear_rows(
     return y2.view(*x.shape[:-1], y2.shape[-1])
 
 
-def serves_rows(x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> bool:
+def serves_rows(x: Tensor, weight: Tensor, factors: Sequence[Tensor], dropping: bool = False) -> bool:
     """Whether `lora_linear_rows` takes these tensors: dense ones of one dtype, outside torch.compile, torch.func and
-    autocast.
+    autocast. Where it runs the grouped kernels, factors may be in float32, and dropout acts.
 
     Example:
         >>> peftlib.kernels.serves_rows(torch.randn(4, 32), torch.randn(48, 32), [torch.randn(2, 32).half()])
@@ -109,6 +96,7 @@ def serves_rows(x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> bool:
         x: what the layer is called with.
         weight: its weight.
         factors: those of all pairs.
+        dropping: whether dropout acts.
 
     Returns:
         bool: where it is false, call each pair's rows by themselves.
@@ -116,7 +104,11 @@ def serves_rows(x: Tensor, weight: Tensor, factors: Sequence[Tensor]) -> bool:
     if is_transformed() or _is_any_autocast_enabled():
         return False
     tensors = (x, weight, *factors)
-    return {*map(type, tensors)} <= _DENSE and len({tensor.dtype for tensor in tensors}) == 1 and x.is_contiguous()
+    if not ({*map(type, tensors)} <= _DENSE and x.is_contiguous() and x.dtype == weight.dtype):
+        return False
+    if factors and launches(x) and grouped_kernels(x, factors, dropping) is not None:
+        return True
+    return not dropping and len({tensor.dtype for tensor in tensors}) == 1
 
 
 class _LoRARows(Function):
@@ -141,7 +133,10 @@ class _LoRARows(Function):
         (dY,) = grad_outputs
         if is_differentiated(dY):
             return _differentiable(ctx, dY)
-        return _backward(ctx, dY)
+        if not _is_any_autocast_enabled():
+            return _backward(ctx, dY)
+        with without_autocast(dY):
+            return _backward(ctx, dY)
 
 
 def _forward(
@@ -231,22 +226,11 @@ def _differentiable(ctx: Any, dY: Tensor) -> tuple[Any, ...]:
             )
     inputs = [x, weight, *factors]
     with torch.enable_grad():
-        y = _plain(x, weight, segments, factors)
+        y = plain_rows(x, weight, segments, factors)
         wanted = [tensor for tensor, need in zip(inputs, [needs_x, needs_weight, *needs], strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, dY, create_graph=True))
     dX, dW, *rest = [next(found) if need else None for need in [needs_x, needs_weight, *needs]]
     return dX, dW, dY.flatten(0, -2).sum(0) if needs_bias else None, None, *rest
-
-
-def _plain(x: Tensor, weight: Tensor | None, segments: Segments, factors: Sequence[Tensor]) -> Tensor:
-    shape, x = x.shape, x.reshape(segments.size, -1, x.shape[-1])
-    x = x if segments.order is None else x[segments.order]
-    pairs, parts = iter(zip(factors[::2], factors[1::2], strict=True)), []
-    for part, scale in zip(x.split(segments.counts), segments.scales, strict=True):
-        y = part.new_zeros(*part.shape[:-1], factors[1].shape[0]) if weight is None else F.linear(part, weight)
-        parts.append(y if scale is None else y + lora_term(part, *next(pairs), scale))
-    y = torch.cat(parts)
-    return (y if segments.back is None else y[segments.back]).reshape(*shape[:-1], -1)
 
 
 def _sorted(tensor: Tensor, order: Tensor | None, size: int) -> Tensor:

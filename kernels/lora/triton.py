@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import philox, tiles
+from .. import tiles
+from ..philox import draw_seed as draw_seed
+from ..philox import keep_mask_of as keep_mask_of
 from ..philox import kept_scale, threshold
 from ..tiles import Tile, block_rank, blocks, capability, least_width
 from ..triton_runtime import added, keep_super_block, launch, partial_sums, rows_of
@@ -232,7 +234,7 @@ def expand_kernel(
     h,  # [M, RANK], contiguous
     B,  # [N, RANK], contiguous
     bias,  # [N]
-    out,  # [M, N], any row stride; may be y
+    out,  # [M, N], any row stride
     M,
     N,
     y_stride,
@@ -264,16 +266,9 @@ def expand(
     y: Tensor, h: Tensor, B: Tensor, scale: float = 1.0, bias: Tensor | None = None, tile: Tile | None = None
 ) -> Tensor:
     """See `reference.expand`."""
-    y = rows_of(y)
-    return expand_into(torch.empty_like(y, memory_format=torch.contiguous_format), y, h, B, scale, bias, tile)
-
-
-def expand_into(
-    out: Tensor, y: Tensor, h: Tensor, B: Tensor, scale: float, bias: Tensor | None, tile: Tile | None = None
-) -> Tensor:
-    """See `reference.expand`; `out` may be y, for each element is read and written by one program."""
-    (M, N), rank = y.shape, B.shape[1]
+    (M, N), rank, y = y.shape, B.shape[1], rows_of(y)
     tile = tile or tiles.expand()
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
     launch(
         expand_kernel, (blocks(M, tile.rows), blocks(N, tile.columns)),
         y, h.contiguous(), B.to(h.dtype).contiguous(), y if bias is None else bias, out,
@@ -282,15 +277,3 @@ def expand_into(
         tile=tile,
     )  # fmt: skip
     return out
-
-
-def draw_seed(x: Tensor) -> Tensor:
-    """The seed of a mask that `shrink` and `backward_x` draw in their registers, from torch's generator."""
-    return philox.new_seed(x.device)
-
-
-def keep_mask(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
-    """That mask as the plain form multiplies with it: the kernels divide by the share that their 16 bits keep, the
-    plain form by 1 - p."""
-    kept = philox.keep_mask(x.shape[0], x.shape[1], dropout, seed)
-    return kept.to(x.dtype) * (philox.kept_scale(dropout) * (1.0 - dropout))

@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .._core.host import runs_bare
 from .._core.override import tensors_of
 from .._core.row_groups import Groups
 from ..kernels import Segments, join_pairs, lora_linear_rows, serves_rows
+from ..kernels.philox import draw_seed
 
 
 class LoRARows:
@@ -26,8 +28,9 @@ class LoRARows:
 
     def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         (x,) = args or kwargs.values()
+        dropouts = self._dropouts() if self.dropping else None
         if (
-            (self.dropping and any(adapter.training for adapter in self.dropping))
+            (dropouts is not None and self.places is None)
             or not runs_bare(self.host, call)
             or x.dim() < 2
             or x.shape[0] % self.groups.size
@@ -35,9 +38,24 @@ class LoRARows:
             return NotImplemented
         weight, bias = tensors_of(self.host, "weight", "bias")
         pairs = self._pairs()
-        if not x.numel() or not serves_rows(x, weight, [factor for pair in pairs for factor in pair]):
+        factors = [factor for pair in pairs for factor in pair]
+        if not x.numel() or not serves_rows(x, weight, factors, dropouts is not None):
             return NotImplemented
-        return lora_linear_rows(x, weight, bias, pairs, self.segments)
+        seeds = None if dropouts is None else self._seeds(x)
+        return lora_linear_rows(x, weight, bias, pairs, self.segments, dropouts, seeds)
+
+    def _dropouts(self) -> tuple[float, ...] | None:
+        """That of each pair; None where none acts."""
+        if not any(adapter.training for adapter in self.dropping):
+            return None
+        return tuple(own[0].dropout if own[0].training else 0.0 for own in self.own)
+
+    def _seeds(self, x: Tensor) -> Tensor:
+        """[pairs]: of each adapter the one that it would draw alone."""
+        one = x.new_zeros(1, dtype=torch.int64)
+        return torch.cat(
+            [own[0].with_own_masks(draw_seed, x) if own[0].dropout and own[0].training else one for own in self.own]
+        )
 
     def _pairs(self) -> list[Any]:
         """Of 16 adapters 4 µs, where one look-up after another takes 11."""

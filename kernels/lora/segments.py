@@ -1,0 +1,109 @@
+"""The rows of a batch by the pair of factors that they go through, and LoRA on them in plain operations."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..grouped.blocks import Blocks, blocks_of
+from .reference import lora_term
+
+
+class Segments:
+    """The rows of a batch sorted by pair.
+
+    Args:
+        counts: how many rows each pair has.
+        scales: the scale of each pair, None where its rows have none.
+        order: [rows], what sorts the batch, a pair's rows in the batch's order; default it is sorted.
+        back: [rows], what undoes that.
+
+    Example:
+        >>> order = torch.tensor([2, 0, 1])
+        >>> segments = peftlib.kernels.Segments((1, 2), (2.0, None), order, order.argsort())
+    """
+
+    def __init__(
+        self,
+        counts: tuple[int, ...],
+        scales: tuple[float | None, ...],
+        order: Tensor | None = None,
+        back: Tensor | None = None,
+    ) -> None:
+        self.counts, self.scales, self.order, self.back = counts, scales, order, back
+        self.size = sum(counts)
+        # One batched product then serves all: as many rows for each pair, and none without one.
+        self.are_alike = len({*counts}) == 1 and None not in scales
+        self.scale = scales[0] if len({*scales}) == 1 else None
+        self._columns: dict[Any, Tensor] = {}
+        self._scales: dict[torch.device, Tensor] = {}
+        self._elsewhere: dict[torch.device, Segments] = {}
+        self._blocks: dict[tuple[int, int, int, torch.device], Blocks] = {}
+
+    def to(self, device: torch.device) -> "Segments":
+        """The same with the orders on a device, copied there once."""
+        if self.order is None or self.back is None or self.order.device == device:
+            return self
+        if device not in self._elsewhere:
+            order, back = self.order.to(device), self.back.to(device)
+            self._elsewhere[device] = Segments(self.counts, self.scales, order, back)
+        return self._elsewhere[device]
+
+    def blocks(self, share: int, rows: int, items: int, device: torch.device) -> Blocks:
+        """The tables of the grouped kernels for `share` tokens a row, made once."""
+        key = share, rows, items, device
+        if key not in self._blocks:
+            paired = self.scales.count(None)
+            self._blocks[key] = blocks_of(self._runs(share), len(self.scales) - paired, rows, items, device)
+        return self._blocks[key]
+
+    def _runs(self, share: int) -> list[tuple[int, int]]:
+        """In the batch's order: which pair, -1 for none, and how many tokens."""
+        numbers = itertools.count()
+        pairs = [-1 if scale is None else next(numbers) for scale in self.scales]
+        of = [pair for pair, count in zip(pairs, self.counts, strict=True) for _ in range(count)]
+        if self.back is not None:
+            of = [of[at] for at in self.back.tolist()]
+        return [(pair, share * len([*rows])) for pair, rows in itertools.groupby(of)]
+
+    def paired_scales(self, device: torch.device) -> Tensor:
+        """[pairs] float32 on a device, copied there once."""
+        if device not in self._scales:
+            scales = torch.tensor([scale for scale in self.scales if scale is not None])
+            self._scales[device] = scales.to(device)
+        return self._scales[device]
+
+    def scale_column(self, like: Tensor) -> Tensor:
+        """The scales [pairs, 1, 1] in the dtype and on the device of `like`, copied there once."""
+        key = like.dtype, like.device
+        if key not in self._columns:
+            self._columns[key] = torch.tensor(self.scales, dtype=like.dtype).to(like.device).view(-1, 1, 1)
+        return self._columns[key]
+
+
+def plain_rows(
+    x: Tensor,
+    weight: Tensor | None,
+    segments: Segments,
+    factors: Sequence[Tensor],
+    dropouts: Sequence[float] | None = None,
+    keep: Callable[[int, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """x Wᵀ and each row's own term, pair by pair; `keep` gives the mask of a pair's rows [tokens, in] by its number."""
+    shape, x = x.shape, x.reshape(segments.size, -1, x.shape[-1])
+    x = x if segments.order is None else x[segments.order]
+    pairs, parts = itertools.count(), []
+    for part, scale in zip(x.split(segments.counts), segments.scales, strict=True):
+        y = part.new_zeros(*part.shape[:-1], factors[1].shape[0]) if weight is None else F.linear(part, weight)
+        if scale is None:
+            parts.append(y)
+            continue
+        pair = next(pairs)
+        p = 0.0 if dropouts is None else dropouts[pair]
+        mask = None if keep is None else keep(pair, part.flatten(0, 1)).view(part.shape)
+        parts.append(y + lora_term(part, factors[2 * pair], factors[2 * pair + 1], scale, p, mask))
+    y = torch.cat(parts)
+    return (y if segments.back is None else y[segments.back]).reshape(*shape[:-1], -1)
