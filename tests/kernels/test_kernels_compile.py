@@ -13,6 +13,8 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("there is no Triton here", allow_module_level=True)
 
 from peftlib.kernels import tiles
+from peftlib.kernels.grouped.blocks import Blocks
+from peftlib.kernels.grouped.reference import Masks
 from peftlib.kernels.lora.triton import shrink_kernel
 from tools.triton.aot import SHARED_LIMIT, TARGETS, Compiled, compile_for, compile_launches
 
@@ -27,21 +29,26 @@ def arguments(op: str, rank: int, p: float, dtype=BF16, rows: int = M) -> tuple:
 
     A, B, hidden = meta(rank, K), meta(N, rank), meta(rows, rank)
     seed = meta(1, dtype=torch.int64) if p else None
-    table = meta(rows // 64, 3, dtype=torch.int32)
+    blocks = Blocks(*(meta(rows // 32, width, dtype=torch.int32) for width in (4, 3, 2)), 8, 32 if rows > 256 else 16)
+    masks = Masks(meta(4, dtype=torch.int64), meta(4, dtype=torch.int32), meta(4, dtype=FP32), (p,) * 4) if p else None
+    stacked_A, stacked_B, scales = meta(4, rank, K), meta(4, N, rank), meta(4, dtype=FP32)
     return {
         "shrink": (meta(rows, K), A, 0.5, p, seed),
         "backward_x": (meta(rows, K), hidden, A, p, seed),
         "backward_x_only": (hidden, A, p, seed),
         "backward_y": (meta(rows, N), B, hidden, 0.5),
         "expand": (meta(rows, N), hidden, B, 0.5, meta(N)),
-        "grouped_shrink": (meta(rows, K), meta(4, rank, K), meta(4, dtype=FP32), table, 64),
-        "grouped_expand": (meta(rows, N), hidden, meta(4, N, rank), table, 64),
+        "grouped_shrink": (meta(rows, K), stacked_A, scales, blocks, masks),
+        "grouped_expand_": (meta(rows, N), hidden, stacked_B, blocks),
+        "grouped_backward_y": (meta(rows, N), stacked_B, hidden, scales, blocks),
+        "grouped_backward_x": (meta(rows, K), hidden, stacked_A, blocks, masks),
     }[op]
 
 
 CASES = (
     ("shrink", 0.0), ("shrink", 0.1), ("backward_x", 0.1), ("backward_x_only", 0.1), ("backward_y", 0.0),
-    ("expand", 0.0), ("grouped_shrink", 0.0), ("grouped_expand", 0.0),
+    ("expand", 0.0), ("grouped_shrink", 0.0), ("grouped_shrink", 0.1), ("grouped_expand_", 0.0),
+    ("grouped_backward_y", 0.0), ("grouped_backward_x", 0.0), ("grouped_backward_x", 0.1),
 )  # fmt: skip
 
 
@@ -52,7 +59,7 @@ def assert_fits(target: str, name: str, kernel: Compiled, rank: int = 16) -> Non
     assert kernel.atomics == 0, "sums would come in any order"
     if rank % 8 == 0:  # else the rows of a skinny operand do not begin at 16 bytes
         assert kernel.narrow_loads == (name == "expand" and target != "gfx942"), "two-byte loads, beside a tile's bias"
-    if name != "sum":
+    if name not in ("sum", "grouped_sum"):
         assert kernel.matrix > 0, "no matrix instruction"
 
 

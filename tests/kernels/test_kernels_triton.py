@@ -29,7 +29,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic alg
 
 from peftlib.kernels import (
     dispatch,
-    grouped,
     lora_add,
     lora_linear,
     philox,
@@ -37,7 +36,6 @@ from peftlib.kernels import (
     triton_operators,
     triton_runtime,
 )
-from peftlib.kernels.grouped import triton as grouped_kernels
 from peftlib.kernels.lora import aten, linear, reference
 from peftlib.kernels.lora import triton as kernels
 from tools.triton.mutants import mutant
@@ -48,6 +46,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_CPU = pytest.mark.skipif(DEVICE != "cpu", reason="looks into the interpreter")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OPS = ("shrink", "backward_x", "backward_x_only", "backward_y", "expand")
+GROUPED = ("grouped_shrink", "grouped_expand_", "grouped_backward_y", "grouped_backward_x")
 # M, K, N, rank, p: under one tile, over several, nothing a power of two, a rank of 1, one that must be padded
 SHAPES = (
     (1, 64, 48, 4, 0.0),
@@ -259,17 +258,6 @@ def test_ops_take_any_strides(op, view):
     assert_right(op, run(op, args), args)
 
 
-def test_expand_in_place_writes_into_y_and_tells_autograd():
-    y, h, B, scale, bias = arguments("expand", 21, 0, 50, 5, 0.0)
-    exact, version, address = triton_operators.expand(y, h, B, scale, bias), y._version, y.data_ptr()
-    triton_operators.expand_(y, h, B, scale, bias)
-    assert torch.equal(y, exact)
-    assert (y._version > version, y.data_ptr()) == (True, address)
-    apart = y.t().contiguous().t()
-    triton_operators.expand_(apart, h, B, scale, bias)
-    assert torch.equal(apart, triton_operators.expand(y, h, B, scale, bias))
-
-
 @pytest.mark.parametrize("op", ["shrink", "backward_x", "backward_y"])
 def test_partial_sums_repeat_to_the_bit(op):
     args = arguments(op, 16, 1100, 600, 4, 0.0)
@@ -289,49 +277,6 @@ def test_ops_equal_float64_at_many_shapes(op, rank, dtype):
                 assert_right(op, run(op, args), args)
 
 
-# ------------------------------------------------------------------ batches of several adapters
-
-ADAPTER_OF_ROW = [0] * 20 + [2] * 3 + [-1] * 5 + [1] + [0] * 30 + [-1]
-
-
-def grouped_arguments(dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    M = len(ADAPTER_OF_ROW)
-    x, y = torch.randn(M, 130).to(DEVICE, dtype), torch.randn(M, 150).to(DEVICE, dtype)
-    A, B = torch.randn(3, 5, 130).to(DEVICE, dtype), torch.randn(3, 150, 5).to(DEVICE, dtype)
-    table = grouped.block_table(torch.tensor(ADAPTER_OF_ROW, device=DEVICE), 16)
-    return x, y, A, B, torch.tensor([0.5, 2.0, -1.0], device=DEVICE), table
-
-
-def test_blocks_never_hold_two_adapters_and_cover_every_row():
-    table = grouped.block_table(torch.tensor(ADAPTER_OF_ROW), 16).tolist()
-    assert table[:4] == [[0, 0, 16], [0, 16, 20], [2, 20, 23], [-1, 23, 28]]
-    assert table[4:] == [[1, 28, 29], [0, 29, 45], [0, 45, 59], [-1, 59, 60]]
-    assert grouped.block_table(torch.tensor([], dtype=torch.int64), 16).shape == (0, 3)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_grouped_ops_equal_each_adapter_by_itself(dtype):
-    x, y, A, B, scales, table = grouped_arguments(dtype)
-    h = triton_operators.grouped_shrink(x, A, scales, table, 16)
-    out = triton_operators.grouped_expand(y, h, B, table, 16)
-    for row, adapter in enumerate(ADAPTER_OF_ROW):
-        if adapter < 0:
-            assert not h[row].any()
-            assert torch.equal(out[row], y[row])
-        else:
-            assert_right("shrink", h[row : row + 1], (x[row : row + 1], A[adapter], scales[adapter].item(), 0.0, None))
-            assert_right("expand", out[row : row + 1], (y[row : row + 1], h[row : row + 1], B[adapter], 1.0, None))
-
-
-def test_grouped_reference_equal_the_kernels():
-    x, y, A, B, scales, table = grouped_arguments(torch.float32)
-    h = grouped_kernels.grouped_shrink(x, A, scales, table, 16)
-    torch.testing.assert_close(h, grouped.grouped_shrink(x, A, scales, table, 16))
-    torch.testing.assert_close(
-        grouped_kernels.grouped_expand(y, h, B, table, 16), grouped.grouped_expand(y, h, B, table, 16)
-    )
-
-
 # ------------------------------------------------------------------ strays, races, bytes
 
 
@@ -342,13 +287,6 @@ def test_no_program_strays_or_races(op, shape):
     args = arguments(op, *shape)
     with counted():
         run(op, args)
-
-
-@ON_CPU
-def test_no_grouped_program_strays_or_races():
-    x, y, A, B, scales, table = grouped_arguments(torch.float32)
-    with counted():
-        grouped_kernels.grouped_expand(y, grouped_kernels.grouped_shrink(x, A, scales, table, 16), B, table, 16)
 
 
 def _moved(op: str, M: int, K: int, N: int, rank: int) -> int:
@@ -479,9 +417,9 @@ def test_a_wrong_kernel_is_replaced_by_pytorch_with_a_warning(monkeypatch, tmp_p
 def test_a_kernel_that_does_not_compile_is_replaced_by_pytorch(monkeypatch):
     monkeypatch.setattr(dispatch, "_trusted", {})
     monkeypatch.setattr(kernels, "launch", lambda *a, **k: 1 / 0)
-    args = arguments("expand", 20, 0, 30, 4, 0.0)
+    args = arguments("shrink", 20, 30, 0, 4, 0.0)
     with pytest.warns(UserWarning, match="failed: division by zero; PyTorch is used"):
-        assert torch.equal(triton_operators.expand(*args), reference.expand(*args))
+        assert torch.equal(triton_operators.shrink(*args), reference.shrink(*args))
 
 
 @pytest.mark.parametrize("broken", ["shrink", "backward_x"])
@@ -623,41 +561,34 @@ def test_nothing_is_compared_while_a_graph_is_captured(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", [*OPS, "grouped_shrink", "grouped_expand"])
+@pytest.mark.parametrize("op", [*OPS, *GROUPED])
 def test_right_kernels_are_trusted(op, dtype, monkeypatch):
     monkeypatch.setattr(dispatch, "_trusted", {})
     state = torch.get_rng_state()
     for M, width in ((3, 64), (100, 64), (100, 65)):
-        rows = 16 if op.startswith("grouped") else 0
-        assert dispatch.is_trusted(op, torch.device(DEVICE), dtype, torch.float32, M, width, 8, dropout=True, rows=rows)
+        factor_dtype, rows = (dtype, 16) if op.startswith("grouped") else (torch.float32, 0)
+        assert dispatch.is_trusted(op, torch.device(DEVICE), dtype, factor_dtype, M, width, 8, dropout=True, rows=rows)
     assert torch.equal(state, torch.get_rng_state()), "the check drew from the user's generator"
 
 
 # ------------------------------------------------------------------ as operators
 
 
-def op_arguments(op: str) -> tuple:
-    if op.startswith("grouped"):
-        x, y, A, B, scales, table = grouped_arguments(torch.float32)
-        return (x, A, scales, table, 16) if op == "grouped_shrink" else (y, torch.randn(len(x), 5).to(x), B, table, 16)
-    return arguments("expand" if op == "expand_" else op, 6, 40, 24, 4, 0.25)
-
-
 def with_gradients(args) -> tuple:
     return tuple(a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
-@pytest.mark.parametrize("op", [*OPS, "expand_", "grouped_shrink", "grouped_expand"])
+@pytest.mark.parametrize("op", ["shrink", "backward_x"])
 def test_opcheck(op):
-    args = op_arguments(op)
-    if op in ("shrink", "expand"):  # those with a gradient
+    args = arguments(op, 6, 40, 24, 4, 0.25)
+    if op == "shrink":  # the one with a gradient
         args = with_gradients(args)
     torch.use_deterministic_algorithms(False)  # opcheck compares what a mode of its own would fill with NaN
     torch.library.opcheck(getattr(triton_operators, op), args)
 
 
-@pytest.mark.parametrize("op", ["shrink", "expand"])
-def test_the_gradients_of_registered_ops_equal_those_of_pytorch(op):
+def test_the_gradients_of_the_registered_op_equal_those_of_pytorch():
+    op = "shrink"
     args = with_gradients(arguments(op, 9, 70, 50, 4, 0.25))
     exact_args = with_gradients([a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args])
     out = getattr(triton_operators, op)(*args)
@@ -683,9 +614,7 @@ def test_the_hot_path_traces_on_a_cuda_that_is_not_there(monkeypatch):
     def step(x: Tensor, A: Tensor, B: Tensor, dY: Tensor) -> tuple[Tensor, ...]:
         seed = philox.new_seed(x.device)
         hs = triton_operators.shrink(x, A, 0.5, 0.1, seed)
-        y = triton_operators.expand(dY, hs, B, 1.0, None)
-        g, dB = triton_operators.backward_y(dY, B, hs, 0.5)
-        return y, dB, *triton_operators.backward_x(x, g, A, 0.1, seed)
+        return hs @ B.t(), dY.t() @ hs, *triton_operators.backward_x(x, dY @ B, A, 0.1, seed)
 
     with FakeTensorMode(allow_non_fake_inputs=False):
         sizes = ((32, 64), (8, 64), (48, 8), (32, 48))
@@ -696,7 +625,7 @@ def test_the_hot_path_traces_on_a_cuda_that_is_not_there(monkeypatch):
     assert [tuple(output.shape) for output in outputs] == [(32, 48), (48, 8), (32, 64), (8, 64)]
     assert {output.device.type for output in outputs} == {"cuda"}
     called = [node.target.name() for node in graph.graph.nodes if "peftlib" in str(node.target)]
-    assert called == ["peftlib::shrink", "peftlib::expand", "peftlib::backward_y", "peftlib::backward_x"]
+    assert called == ["peftlib::shrink", "peftlib::backward_x"]
 
 
 @ON_CPU
@@ -713,9 +642,9 @@ def test_what_is_supported(monkeypatch):
         assert not dispatch.takes_kernels(x, A, B)
 
 
-@pytest.mark.parametrize("op", [*OPS, "expand_"])
+@pytest.mark.parametrize("op", ["shrink", "backward_x"])
 def test_empty_inputs_give_empty_or_zero_outputs(op):
-    args = arguments("expand" if op == "expand_" else op, 0, 16, 24, 4, 0.0)
+    args = arguments(op, 0, 16, 24, 4, 0.0)
     got = getattr(triton_operators, op)(*args)
     for output in got if isinstance(got, tuple) else (got,):
         assert output is None or not output.any()
@@ -824,10 +753,10 @@ def test_what_is_traced_with_dropout_is_the_term_of_the_mask_that_was_drawn(dtyp
     if dtype == torch.float64:
         assert torch.equal(got, reference.lora_term(x, A, B, 0.5, 0.25))
         return
-    keep = kernels.keep_mask(x[0], 0.25, philox.new_seed(x.device))
+    keep = philox.keep_mask_of(x[0], 0.25, philox.new_seed(x.device))
     assert 0 < keep.count_nonzero() < keep.numel()
     torch.manual_seed(5)
-    keep = kernels.keep_mask(x.flatten(0, 1), 0.25, philox.new_seed(x.device)).view_as(x)
+    keep = philox.keep_mask_of(x.flatten(0, 1), 0.25, philox.new_seed(x.device)).view_as(x)
     expected = reference.lora_term(*(t.double() for t in (x, A, B)), 0.5, 0.25, keep)
     # sums of 64 and of 4 products, relative to values of this size
     assert (got - expected).abs().max() <= 68 * torch.finfo(dtype).eps * expected.abs().max()

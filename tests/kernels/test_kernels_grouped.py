@@ -1,0 +1,456 @@
+"""The grouped kernels: each row through the pair of its adapter, right in all dtypes, in bounds, without races, with as
+few bytes as one adapter would move and the other adapters' factors.
+
+Without a GPU they run in the interpreter; `make gpu-check` runs this file compiled.
+"""
+
+import importlib.util
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("there is no Triton here", allow_module_level=True)
+
+import peftlib
+from peftlib.kernels import Segments, dispatch, lora_linear, lora_linear_rows, philox, triton_runtime
+from peftlib.kernels.grouped import lora as grouped_lora
+from peftlib.kernels.grouped import reference
+from peftlib.kernels.grouped import triton as kernels
+from peftlib.kernels.grouped.blocks import blocks_of
+from peftlib.kernels.grouped.reference import Masks
+from tools.triton.mutants import mutant
+from tools.triton.traffic import counted
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_CPU = pytest.mark.skipif(DEVICE.type != "cpu", reason="looks into the interpreter")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OPS = ("grouped_shrink", "grouped_expand_", "grouped_backward_y", "grouped_backward_x")
+# Adapter and rows: one in several runs of several blocks, one without rows, one of a row, rows of none.
+RUNS = [(0, 20), (3, 3), (-1, 5), (1, 1), (0, 40), (-1, 1), (3, 18)]
+ADAPTERS, K, N, RANK = 4, 300, 150, 5
+SCALES, DROPOUTS = (0.5, 2.0, 1.0, -1.0), (0.1, 0.0, 0.5, 0.75)
+
+
+@pytest.fixture(autouse=True)
+def kernels_run(monkeypatch):
+    """On the CPU in the interpreter; outputs start as NaN, so that what is not written is seen."""
+    monkeypatch.setattr(dispatch, "MODE", "1" if DEVICE.type == "cuda" else "interpret")
+    monkeypatch.setattr(triton_runtime, "has_tiles", lambda device, dtype: True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def of_rows(runs: list[tuple[int, int]]) -> list[int]:
+    return [adapter for adapter, count in runs for _ in range(count)]
+
+
+def arguments(op: str, dtype: torch.dtype, dropout: bool = False, runs: Any = RUNS, items: int = 6) -> tuple:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape).to(DEVICE, dtype)
+
+    M = len(of_rows(runs))
+    blocks = blocks_of(runs, ADAPTERS, 16, items, DEVICE)
+    scales = torch.tensor(SCALES, device=DEVICE)
+    masks = Masks.of(DROPOUTS, torch.tensor([3, 5, 7, 2**62 + 9], device=DEVICE)) if dropout else None
+    A, B, thin = normal(ADAPTERS, RANK, K), normal(ADAPTERS, N, RANK), normal(M, RANK)
+    return {
+        "grouped_shrink": (normal(M, K), A, scales, blocks, masks),
+        "grouped_expand_": (normal(M, N), thin, B, blocks),
+        "grouped_backward_y": (normal(M, N), B, thin, scales, blocks),
+        "grouped_backward_x": (normal(M, K), thin, A, blocks, masks),
+    }[op]
+
+
+def kept(masks: Masks | None, runs: Any) -> Tensor:
+    """[M, K]: what each element of x is multiplied by, the mask of an adapter being drawn for its own rows alone."""
+    of = torch.tensor(of_rows(runs))
+    found = torch.ones(len(of), K, dtype=torch.float64)
+    if masks is not None:
+        for adapter, p in enumerate(DROPOUTS):
+            own = of == adapter
+            keep = philox.keep_mask(int(own.sum()), K, p, masks.seeds[adapter : adapter + 1].cpu())
+            found[own] = keep.double() * philox.kept_scale(p)
+    return found.to(DEVICE)
+
+
+def expected(op: str, args: tuple, runs: Any = RUNS) -> list[tuple[Tensor, Tensor, int]]:
+    """Row by row in float64 from the very inputs: each output, the sum of its terms' sizes, and how many there are."""
+    of = of_rows(runs)
+
+    def stacked(rows: list[Tensor]) -> Tensor:
+        return torch.stack(rows)
+
+    def by_adapter(left: Tensor, right: Tensor) -> Tensor:
+        zero = left.new_zeros(left.shape[1], right.shape[1])
+        own = [[at for at, adapter in enumerate(of) if adapter == wanted] for wanted in range(ADAPTERS)]
+        return torch.stack([left[rows].t() @ right[rows] if rows else zero for rows in own])
+
+    wide = [a.double() if isinstance(a, Tensor) else a for a in args]
+    pair = [wide, [a.abs() if isinstance(a, Tensor) else a for a in wide]]
+    found: list[list[Tensor]] = []
+    for one in pair:
+        if op == "grouped_expand_":
+            y, h, B, _ = one
+            found.append([stacked([y[i] if a < 0 else y[i] + B[a] @ h[i] for i, a in enumerate(of)])])
+            terms = [RANK + 1]
+        elif op == "grouped_shrink":
+            x, A, scales, _, masks = one
+            x = x * kept(masks, runs)
+            zero = x.new_zeros(RANK)
+            found.append([stacked([zero if a < 0 else scales[a] * (A[a] @ x[i]) for i, a in enumerate(of)])])
+            terms = [K + 2]
+        elif op == "grouped_backward_y":
+            dY, B, h, scales, _ = one
+            zero = dY.new_zeros(RANK)
+            g = stacked([zero if a < 0 else scales[a] * (dY[i] @ B[a]) for i, a in enumerate(of)])
+            found.append([g, by_adapter(dY, h)])
+            terms = [N + 2, len(of)]
+        else:
+            x, g, A, _, masks = one
+            zero, factor = x.new_zeros(K), kept(masks, runs)
+            dX = stacked([zero if a < 0 else g[i] @ A[a] for i, a in enumerate(of)]) * factor
+            found.append([dX, by_adapter(g, x * factor)])
+            terms = [RANK + 2, len(of) + 2]
+    exact, size = found
+    return list(zip(exact, size, terms, strict=True))
+
+
+def assert_right(op: str, got: Any, args: tuple, runs: Any = RUNS) -> None:
+    """Each element within what its own sum in float32 may be off by, and one rounding to its dtype."""
+    outputs = got if isinstance(got, tuple) else (got,)
+    for output, (exact, size, terms) in zip(outputs, expected(op, args, runs), strict=True):
+        precision = torch.finfo(output.dtype)
+        bound = precision.eps / 2 * exact.abs() + (terms + 2) * 2.0**-24 * size + precision.tiny
+        error = (output.double() - exact).abs()
+        assert bool((error <= bound).all()), f"{op}: off by {(error / bound).nan_to_num(math.inf).max():.1f} bounds"
+
+
+def run(module: Any, op: str, args: tuple) -> Any:
+    """What is written to is a copy."""
+    return getattr(module, op)(args[0].clone() if op.endswith("_") else args[0], *args[1:])
+
+
+dropping = pytest.mark.parametrize("dropout", [False, True], ids=["all", "dropout"])
+
+
+def test_the_tables_cover_each_row_once_and_count_an_adapter_s_own_rows():
+    blocks = blocks_of(RUNS, ADAPTERS, 16, 6, DEVICE)
+    of, own = of_rows(RUNS), dict.fromkeys(range(-1, ADAPTERS), 0)
+    places = {}
+    for row, adapter in enumerate(of):
+        places[row] = own[adapter]
+        own[adapter] += 1
+    covered = []
+    for adapter, first, last, before in blocks.table.tolist():
+        assert 0 < last - first <= 16
+        assert {of[row] for row in range(first, last)} == {adapter}
+        assert places[first] == before
+        covered += range(first, last)
+    assert sorted(covered) == list(range(len(of)))
+    items = blocks.items.tolist()
+    assert [first for _, first, _ in items[1:]] == [last for *_, last in items[:-1]]
+    assert (items[0][1], items[-1][2]) == (0, len(blocks.table))
+    for adapter, first, last in items:
+        assert {block[0] for block in blocks.table[first:last].tolist()} == {adapter}
+    assert {adapter for adapter, *_ in items[: blocks.adapted]} == {0, 1, 3}
+    assert {adapter for adapter, *_ in items[blocks.adapted :]} == {-1}
+    for adapter, (first, last) in enumerate(blocks.parts.tolist()):
+        assert {items[at][0] for at in range(first, last)} <= {adapter}
+    assert sum(last - first for first, last in blocks.parts.tolist()) == blocks.adapted
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@dropping
+@pytest.mark.parametrize("op", OPS)
+def test_ops_and_their_reference_equal_float64(op, dropout, dtype):
+    args = arguments(op, dtype, dropout)
+    assert_right(op, run(kernels, op, args), args)
+    if dtype == torch.float32:
+        assert_right(op, run(reference, op, args), args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_batch_of_one_adapter_and_sums_of_one_part(op):
+    runs = [(2, 16)]
+    args = arguments(op, torch.float32, runs=runs, items=1)
+    assert_right(op, run(kernels, op, args), args, runs)
+
+
+def test_rows_of_no_adapter_keep_their_bits():
+    args = arguments("grouped_expand_", torch.bfloat16)
+    bare = torch.tensor(of_rows(RUNS), device=DEVICE) < 0
+    assert torch.equal(run(kernels, "grouped_expand_", args)[bare], args[0][bare])
+
+
+@pytest.mark.parametrize("op", ["grouped_backward_y", "grouped_backward_x"])
+def test_sums_over_rows_repeat_to_the_bit(op):
+    args = arguments(op, torch.bfloat16, dropout=True)
+    first, again = run(kernels, op, args), run(kernels, op, args)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_not_finite_in_one_adapter_reaches_no_other(op):
+    args = arguments(op, torch.float32, dropout=True)
+    before = run(kernels, op, args)
+    spoiled = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+    of = torch.tensor(of_rows(RUNS), device=DEVICE)
+    for tensor in spoiled:
+        if isinstance(tensor, Tensor) and tensor.dim() > 1:
+            tensor[0 if tensor.dim() == 3 else of == 0] = math.nan
+    after = run(kernels, op, spoiled)
+    for one, other in zip(*((r if isinstance(r, tuple) else (r,)) for r in (before, after)), strict=True):
+        others = torch.arange(ADAPTERS, device=DEVICE) > 0 if one.dim() == 3 else of != 0
+        assert torch.equal(one[others], other[others])
+        assert other[~others].isnan().any()
+
+
+# ------------------------------------------------------------------ strays, races, bytes, wrong kernels
+
+
+@ON_CPU
+@dropping
+@pytest.mark.parametrize("op", OPS)
+def test_no_program_strays_or_races(op, dropout):
+    args = arguments(op, torch.float32, dropout)
+    with counted():
+        run(kernels, op, args)
+
+
+def pass_over(adapters: int) -> tuple[int, int, int]:
+    """Bytes read of the factors, bytes written of their gradients, and multiplications, of a forward and backward pass
+    of 128 tokens in bfloat16."""
+    rows = 128 // adapters
+    blocks = blocks_of([(adapter, rows) for adapter in range(adapters)], adapters, 16, 4, DEVICE)
+    scales = torch.ones(adapters)
+    A, B = (torch.randn(size).bfloat16() for size in ((adapters, 16, 512), (adapters, 256, 16)))
+    x, y, dY = (torch.randn(size).bfloat16() for size in ((128, 512), (128, 256), (128, 256)))
+    with counted() as traffic:
+        h = kernels.grouped_shrink(x, A, scales, blocks)
+        kernels.grouped_expand_(y, h, B, blocks)
+        g, dB = kernels.grouped_backward_y(dY, B, h, scales, blocks)
+        dX, dA = kernels.grouped_backward_x(x, g, A, blocks)
+    assert dA is not None
+    for wide, times in ((x, 2), (dY, 1), (y, 1)):
+        assert traffic.of(wide).loaded == times * 2 * wide.numel(), "read more often than once a pass"
+    assert traffic.of(dX).stored == 2 * dX.numel()
+    assert traffic.of(y).stored == 2 * y.numel()
+    read, written = ((A, B), (dA, dB))
+    return sum(traffic.of(t).distinct for t in read), sum(traffic.of(t).stored for t in written), traffic.flops
+
+
+@ON_CPU
+def test_more_adapters_cost_their_factors_and_nothing_else():
+    """2(T-1)·rank·(in + out) bytes of factors more to read, as many of gradients to write, and not a multiplication."""
+    one, four = pass_over(1), pass_over(4)
+    extra = 2 * 3 * 16 * (512 + 256)
+    assert four[0] - one[0] == four[1] - one[1] == extra
+    assert four[2] == one[2] > 0
+
+
+MUTATIONS = [
+    ("scale *= tl.load(kept + known)", "scale *= 1.0", "grouped_shrink"),
+    ("(total * scale).to(out", "total.to(out", "grouped_shrink"),
+    ("own = tl.load(entry + 3) + places", "own = rows", "grouped_shrink"),
+    ("total = base + tl.dot", "total = base - tl.dot", "grouped_expand_"),
+    (
+        'down = tl.dot(tile, factor, input_precision="ieee") * scale',
+        "down = tl.dot(tile, factor)",
+        "grouped_backward_y",
+    ),
+    ("tl.store(dB + at, total,", "tl.store(dB + at, total * 0,", "grouped_backward_y"),
+    ("tl.load(entry + 3) + places, tl.cdiv(K, 256)", "rows, tl.cdiv(K, 256)", "grouped_backward_x"),
+    ("total * kept_scale, mask", "total, mask", "grouped_backward_x"),
+    ("tl.join(tile, spread)", "tl.join(spread, tile)", "grouped_backward_x"),
+    ("adapter * 2 + 1)):", "adapter * 2) + 1):", "grouped_backward_x"),
+]
+
+
+@ON_CPU
+@pytest.mark.parametrize(("old", "new", "op"), MUTATIONS, ids=[f"{op}-{old[:24]}" for old, _, op in MUTATIONS])
+def test_a_mutated_kernel_fails(old, new, op, monkeypatch, tmp_path):
+    args = arguments(op, torch.float32, dropout=True)
+    changed = mutant(kernels, old, new, tmp_path)
+    with pytest.raises(AssertionError, match="off by"):
+        assert_right(op, run(changed, op, args), args)
+
+
+# ------------------------------------------------------------------ as the path of routed rows
+
+
+class Routed:
+    """Rows of four pairs of unequal ranks and of none, in any order, on tensors that all learn."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, factor_dtype: torch.dtype | None = None) -> None:
+        counts, ranks, self.scales = (3, 1, 2, 2, 1), (4, 0, 3, 8, 1), (0.5, None, 2.0, 1.0, -1.0)
+        of = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts))]
+        order = of.argsort(stable=True)
+        self.own = list(order.split(counts))
+        self.segments = Segments(counts, self.scales, order, order.argsort())
+
+        def learned(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape, dtype=dtype).to(DEVICE).requires_grad_()
+
+        self.x, self.weight, self.bias = learned(9, 7, 70), learned(50, 70), learned(50)
+        wanted = factor_dtype or dtype
+        self.pairs = [(learned(r, 70, dtype=wanted), learned(50, r, dtype=wanted)) for r in ranks if r]
+        self.seeds = torch.tensor([5, 6, 7, 8], device=DEVICE)
+
+    @property
+    def operands(self) -> list[Tensor]:
+        return [self.x, self.weight, self.bias, *(factor for pair in self.pairs for factor in pair)]
+
+    def run(self, dropouts: tuple[float, ...] | None = None) -> Tensor:
+        seeds = None if dropouts is None else self.seeds
+        return lora_linear_rows(self.x, self.weight, self.bias, self.pairs, self.segments, dropouts, seeds)
+
+    def exact(self, dropouts: tuple[float, ...] | None) -> tuple[Tensor, list[Tensor]]:
+        """In float64, and the operands in it."""
+        operands = [operand.detach().double().requires_grad_() for operand in self.operands]
+        x, weight, bias, *factors = operands
+        y, pair = [torch.empty(0)] * len(x), 0
+        for rows, scale in zip(self.own, self.scales, strict=True):
+            own = x[rows.to(DEVICE)]
+            out = own @ weight.t() + bias
+            if scale is not None:
+                A, B, dropped = factors[2 * pair], factors[2 * pair + 1], own
+                if dropouts:
+                    p = dropouts[pair]
+                    keep = philox.keep_mask(own[..., 0].numel(), own.shape[-1], p, self.seeds[pair : pair + 1])
+                    dropped = own * keep.view(own.shape) * philox.kept_scale(p)
+                out, pair = out + scale * (dropped @ A.t() @ B.t()), pair + 1
+            for at, row in enumerate(rows.tolist()):
+                y[row] = out[at]
+        return torch.stack(y), operands
+
+
+@pytest.mark.parametrize("dropouts", [None, (0.0, 0.25, 0.5, 0.1)], ids=["all", "dropout"])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
+def test_rows_of_many_pairs_run_on_the_kernels(dropouts, dtypes, monkeypatch):
+    launched, launch = set(), kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda k, *a, **o: (launched.add(k.fn.__name__), launch(k, *a, **o)))
+    case = Routed(*dtypes)
+    found, (exact, operands) = case.run(dropouts), case.exact(dropouts)
+    given = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, case.operands, given)
+    expected = torch.autograd.grad(exact, operands, given.double())
+    for one, other in zip((found, *gradients), (exact, *expected), strict=True):
+        # five roundings to the dtype of x lie between, each relative to values of this size
+        assert (one - other).abs().max() <= 5 * max(torch.finfo(dtypes[0]).eps, 2e-6) * other.abs().max()
+    assert {f"{op.rstrip('_')}_kernel" for op in OPS} <= launched
+    assert [gradient.dtype for gradient in gradients[3:]] == [dtypes[1]] * 8
+    with torch.no_grad():
+        assert torch.equal(case.run(dropouts), found)
+
+
+@pytest.mark.parametrize("dropouts", [None, (0.0, 0.25, 0.5, 0.1)], ids=["all", "dropout"])
+def test_only_what_needs_a_gradient_gets_one_and_a_second_derivative_is_right(dropouts):
+    case = Routed()
+    exact, operands = case.exact(dropouts)
+    for needed in (0, 1, 2, 3, 6):
+        for at, operand in enumerate(case.operands):
+            operand.requires_grad_(at == needed)
+            operand.grad = None
+        case.run(dropouts).square().sum().backward()
+        assert [at for at, operand in enumerate(case.operands) if operand.grad is not None] == [needed]
+        (right,) = torch.autograd.grad(exact.square().sum(), operands[needed], retain_graph=True)
+        assert (case.operands[needed].grad - right).abs().max() <= 1e-5 * right.abs().max()
+    for operand in case.operands:
+        operand.requires_grad_()
+    found = torch.autograd.grad(case.run(dropouts).square().sum(), case.operands, create_graph=True)
+    again = torch.autograd.grad(sum(g.square().sum() for g in found), case.operands)
+    first = torch.autograd.grad(exact.square().sum(), operands, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), operands)
+    for one, other in zip(again, second, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max()
+
+
+def model_with(dropout: float) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 40)).to(DEVICE)
+    for at, name in enumerate(("a", "b", "c")):
+        peftlib.inject(model, "0", peftlib.LoRA, rank=2 + at, alpha=4.0, dropout=dropout, name=name, seed=at + 1)
+    for *_, adapter in peftlib.adapters(model):
+        nn.init.normal_(adapter.get_parameter("lora_B"))
+    return model
+
+
+def test_each_adapter_drops_in_a_batch_what_it_drops_alone(monkeypatch):
+    """The same elements to the bit: the gradient of x without the base's weight is zero where they were dropped."""
+    monkeypatch.setattr(dispatch, "is_small", lambda *_: False)
+    monkeypatch.setattr(dispatch, "is_dense", lambda *_: False)
+    rows = ["b", "a", None, "c", "a", "b", "b"]
+    x = torch.randn(len(rows), 5, 40, device=DEVICE)
+
+    def dropped(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            model[0].weight.zero_()
+        x = x.clone().requires_grad_()
+        y = model(x)
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        return y.detach(), gradient
+
+    model = model_with(0.5)
+    peftlib.route(model, rows)
+    y, gradient = dropped(model, x)
+    assert 0.3 < (gradient[3] == 0).double().mean() < 0.7
+    for name in ("a", "b", "c"):
+        own = [at for at, other in enumerate(rows) if other == name]
+        alone = model_with(0.5)
+        peftlib.activate(alone, name)
+        y_alone, gradient_alone = dropped(alone, x[own])
+        assert torch.equal(gradient[own] == 0, gradient_alone == 0)
+        torch.testing.assert_close(y[own], y_alone)
+        torch.testing.assert_close(gradient[own], gradient_alone)
+
+
+class Seen(TorchDispatchMode):
+    """What was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **kwargs or {})
+
+
+def test_a_step_waits_for_nothing_and_casts_all_factors_in_one_pass():
+    case = Routed(torch.bfloat16, torch.float32)
+
+    def step() -> None:
+        y = case.run()
+        torch.autograd.grad(y, case.operands[3:], torch.ones_like(y))
+
+    step()
+    with Seen() as seen:
+        step()
+    assert "aten::_local_scalar_dense" not in seen.names
+    assert seen.names.count("aten::_foreach_copy_") == 1
+    assert "aten::index_select" not in seen.names, "rows stay where they are"
+
+
+def test_a_wrong_kernel_is_replaced_by_pytorch_with_a_warning(monkeypatch):
+    monkeypatch.setattr(dispatch, "_trusted", {})
+    right = kernels.grouped_backward_x
+    monkeypatch.setattr(kernels, "grouped_backward_x", lambda *a, **o: tuple(r * 1.01 for r in right(*a, **o)))
+    monkeypatch.setattr(grouped_lora, "lora_linear_grouped", lambda *_: pytest.fail("it ran all the same"))
+    case = Routed()
+    with pytest.warns(UserWarning, match="grouped_backward_x for torch.float32 .* PyTorch is used in its place"):
+        found = case.run()
+    exact, _ = case.exact(None)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_one_adapter_s_rows_are_what_lora_linear_gives():
+    x, weight = torch.randn(20, 64, device=DEVICE), torch.randn(48, 64, device=DEVICE)
+    A, B = torch.randn(8, 64, device=DEVICE), torch.randn(48, 8, device=DEVICE)
+    found = lora_linear_rows(x, weight, None, [(A, B)], Segments((20,), (0.5,)))
+    torch.testing.assert_close(found, lora_linear(x, weight, None, A, B, 0.5))
