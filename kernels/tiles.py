@@ -156,8 +156,8 @@ def grouped_shrink(
     if dropout:
         above, warps, stages = _dropout_shrink(capability)[0 if rank <= 16 else 1 if rank <= 32 else 2]
         columns, warps = SUPER_BLOCK, max(1, warps * rows // above)
-        if rank > 32 and capability[0] == 9 and capability != MI300X:
-            warps *= 2  # sm_90 spills 62 bytes else
+        if rank > 32 and capability in ((9, 0), (10, 0)):  # with half the warps 62 and 114 bytes spill
+            warps, stages = 2 * warps, 2 if capability == (9, 0) else 1
     return Tile(rows, columns, warps, stages, _splits(blocks_of_rows, blocks(K, columns), 1, capability))
 
 
@@ -175,8 +175,10 @@ def grouped_backward_y(rank: int, rows: int, capability: tuple[int, int]) -> Til
 def grouped_backward_x(rank: int, rows: int, dropout: bool, capability: tuple[int, int]) -> Tile:
     """As `backward_x`."""
     alone = backward_x(rows, SUPER_BLOCK, rank, dropout, capability)
-    stages = 1 if rank > 32 and capability in ((8, 6), (8, 9)) else alone.stages  # at 2 they spill 38 bytes
-    return Tile(rows, alone.columns, alone.warps, stages)
+    stages = (
+        {(8, 6): 1, (8, 9): 1, (10, 0): 2}.get(capability) if rank > 32 else None
+    )  # at 2, 2 and 1: 38, 38, 25 spill
+    return Tile(rows, alone.columns, alone.warps, stages or alone.stages)
 
 
 def bottleneck(width: int, element_size: int, capability: tuple[int, int]) -> Tile:

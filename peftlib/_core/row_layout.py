@@ -22,6 +22,8 @@ _SEQUENCES = frozenset({"query", "key", "value", "src", "tgt", "memory", "input"
 _BATCH_FIRST = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 # [queries, keys], the same for all rows; or, in a model of transformers, [positions].
 FOR_ALL = {"attn_mask": 2, "src_mask": 2, "tgt_mask": 2, "memory_mask": 2, "mask": 2, "cache_position": 1}
+# [rows·heads, ...], the heads of each row together, whatever the rows of the other arguments are: Bloom's, Falcon's.
+_BY_HEAD = frozenset({"alibi"})
 _BY_ROW = frozenset({"attention_mask", "position_ids", "input_ids", "token_type_ids", "key_padding_mask"})
 
 
@@ -112,6 +114,8 @@ class Layout:
     def _has_rows(self, name: str, tensor: Tensor, dim: int, primary: Tensor) -> bool:
         if tensor.dim() <= dim or tensor.dim() == FOR_ALL.get(name):
             return False
+        if name in _BY_HEAD and tensor.shape[dim] % self.groups.size == 0:
+            return True
         if tensor.shape[dim] not in (self.groups.size, self.share * self.groups.size):
             return False
         if self._is_ambiguous(name, tensor, dim, primary):

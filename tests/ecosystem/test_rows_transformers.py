@@ -40,10 +40,22 @@ def t5() -> Any:
     return transformers.T5ForConditionalGeneration(config).double().eval()
 
 
+def whisper() -> Any:
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(
+        vocab_size=61, d_model=16, num_mel_bins=8, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=24,
+        encoder_attention_heads=2, decoder_attention_heads=2, decoder_ffn_dim=24, max_source_positions=6,
+        max_target_positions=32, pad_token_id=0, bos_token_id=1, eos_token_id=None, decoder_start_token_id=1,
+        suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    return transformers.WhisperForConditionalGeneration(config).double().eval()
+
+
 FAMILIES = {
     llama: (["q_proj", "down_proj"], ["v_proj", "mlp"], "o_proj"),
     gpt2: (["c_attn", "mlp.c_proj"], ["c_fc", "mlp"], "attn.c_proj"),
     t5: (["q", "wo"], ["v", "DenseReluDense"], "o"),
+    whisper: (["q_proj", "fc2"], ["v_proj", "fc1"], "out_proj"),
 }
 
 
@@ -53,7 +65,7 @@ def adapted(make: Any) -> Any:
     peftlib.inject(model, lora, LoRA, rank=2, alpha=16.0, name="lora")
     peftlib.inject(model, lora, LoRA, rank=3, alpha=9.0, name="mixed")
     peftlib.inject(model, mixed[0], IA3, name="mixed")
-    peftlib.inject(model, mixed[1], Bottleneck, width=4, dim=16, name="mixed")
+    peftlib.inject(model, mixed[1], Bottleneck, width=4, dim=24 if mixed[1] == "fc1" else 16, name="mixed")
     peftlib.inject(model, dora, DoRA, rank=2, name="dora")
     return moved(model, size=0.5)
 
@@ -67,10 +79,14 @@ def prompts() -> tuple[Tensor, Tensor]:
 
 
 def generate(model: Any, tokens: Tensor, mask: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
-    out = model.generate(
-        input_ids=tokens, attention_mask=mask, max_new_tokens=5, do_sample=False, return_dict_in_generate=True,
-        output_logits=True, **how,
-    )  # fmt: skip
+    """Of a model of sound, each row hears what its tokens say."""
+    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask}
+    if model.main_input_name == "input_features":
+        drawn = torch.Generator().manual_seed(1)
+        inputs = {"input_features": torch.randn(61, 8, 12, dtype=torch.float64, generator=drawn)[tokens].sum(1)}
+    out = transformers.GenerationMixin.generate(
+        model, **inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True, **how
+    )
     return out.sequences, torch.stack(out.logits, 1)
 
 
