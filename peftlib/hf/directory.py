@@ -20,7 +20,7 @@ from ..kinds.prefix import Prefix
 from ..kinds.prompt import Prompt
 from .config import NAME, VERSION, Config, config_of, read_config, task_name, written
 from .experts import LAYOUTS as KEYED
-from .experts import old_names
+from .experts import old_names, with_names_of_today
 from .ia3 import ia3_files, ia3_parts
 from .lora_read import fresh_lora, kept_parts, lora_parts
 from .lora_sites import Sites
@@ -96,7 +96,10 @@ def load(
         raise AdapterError(f"{where}: adapter_model.bin is a pickle, which could run code. Save it as safetensors.")
     with opened(path) as file:
         modules, shapes = Modules(model), {key: found["shape"] for key, found in listed(file).items()}
-        names = renamed(shapes, key_mapping or _key_mapping(modules), path)
+        old = {} if key_mapping else old_names(modules)
+        config = with_names_of_today(config, old)
+        said = key_mapping or getattr(model, "_checkpoint_conversion_mapping", None) or {}
+        names = renamed(shapes, {**said, **old}, path)
         at = {key: shapes[own] for key, own in names.items()}
         tensors = FileTensors(at, lambda key: read_tensor(file, names[key]), path, names)
         parts = _parts(modules, config, tensors, path, layout)
@@ -106,10 +109,6 @@ def load(
 def _require_one_of(argument: str, value: str | None, known: Sequence[str | None]) -> None:
     if value not in known:
         raise AdapterError(f"{argument}={value!r} is none of {', '.join(map(repr, known))}. Pass one of them.")
-
-
-def _key_mapping(modules: Modules) -> dict[str, str]:
-    return {**(getattr(modules.model, "_checkpoint_conversion_mapping", None) or {}), **old_names(modules)}
 
 
 def _require_no_name_of_the_hub(where: str) -> None:

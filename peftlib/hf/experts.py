@@ -69,6 +69,19 @@ def old_names(modules: Modules) -> dict[str, str]:
     return {} if inside else {re.escape(_OLD_PARENT): _PARENT}
 
 
+def with_names_of_today(config: Config, names: Mapping[str, str]) -> Config:
+    """The targets under the names by which the keys are looked up."""
+    said = config.get("target_modules")
+    if not names or not said:
+        return config
+    (now,) = names.values()
+    old = _OLD_PARENT.strip("."), now.strip(".")
+    return {
+        **config,
+        "target_modules": said.replace(*old) if isinstance(said, str) else [t.replace(*old) for t in said],
+    }
+
+
 def read_experts(modules: Modules, config: Config, tensors: FileTensors, layout: str | None) -> Iterator[Read]:
     """The pairs of the stacks whose keys are in the file, each in the layout that these keys say, as peft's."""
     chosen = [layout] if layout in _READERS else [] if layout else list(_READERS)
@@ -305,6 +318,19 @@ _WRITERS: Mapping[str, Callable[[Experts, Tensor, Tensor], Written]] = {
     "automodel": _write_grouped,
     "sglang": _write_apart,
 }
+
+
+def require_no_other_name(stacks: Sequence[Pair], others: Sequence[Pair], layout: str) -> None:
+    """What is beside experts whose parent had another name in transformers 4 would be looked for there."""
+    if layout != "per-expert":
+        return
+    old = [f"{one.name.rpartition('.')[0]}." for one in map(_of_pair, stacks) if one.old_name != one.name]
+    beside = next((pair.key for pair in others if pair.module.startswith(tuple(old))), None)
+    if beside is not None:
+        raise AdapterError(
+            f"{beside}: it had another name in transformers 4, which peft does not know here. Save it under a name of "
+            "its own."
+        )
 
 
 def require_one_rank_and_scale(pairs: Sequence[Pair], layout: str) -> None:

@@ -10,7 +10,7 @@ from .._core.override import owner_of, weight_of
 from .._errors import AdapterError
 from ..kinds._weight_layout import is_transposed_linear
 from .config import Config, plain
-from .experts import experts_written, require_one_rank_and_scale
+from .experts import experts_written, require_no_other_name, require_one_rank_and_scale
 from .lora_bias import SUFFIX, OutputBias
 from .lora_layouts import Stacked, is_linear
 from .lora_pairs import MAGNITUDE, Pair, pairs_of
@@ -59,6 +59,7 @@ def _for_target(pairs: Pairs, target: str) -> tuple[Pairs, list[Pair]]:
     if one_scale:
         _require_linear(others.values(), target)
     require_one_rank_and_scale(list(pairs.values()) if one_scale else stacks, target)
+    require_no_other_name(stacks, list(others.values()), target)
     return others, stacks
 
 

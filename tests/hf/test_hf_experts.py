@@ -324,6 +324,32 @@ def test_patterns_name_the_experts_as_the_file_does(tmp_path):
         assert (changes(again)[key] - times * expected).abs().max() <= 1e-14
 
 
+@pytest.mark.parametrize(
+    "target", [["w1", "w2", "w3", "gate"], r".*block_sparse_moe\.(gate|experts\.\d+\.w\d)", None], ids=str
+)
+def test_a_router_is_found_under_its_name_in_transformers_4(target, tmp_path):
+    model, again = mixture("mixtral", "eager"), mixture("mixtral", "eager")
+    peftlib.inject(model, "mlp.experts", LoRA, rank=3, alpha=4.0)
+    peftlib.inject(model, "mlp.gate", LoRA, rank=3, alpha=4.0, name="router")
+    peftlib.activate(moved(model), "default", "router")
+    hf.save(model, tmp_path, target="per-expert")
+    hf.save(model, tmp_path / "router", "router")
+    routers = load_file(tmp_path / "router" / "adapter_model.safetensors")
+    assert all(value.count_nonzero() for value in routers.values())
+
+    def named(config: dict[str, Any], tensors: Files) -> None:
+        tensors.update({key.replace(".mlp.", ".block_sparse_moe."): value for key, value in routers.items()})
+        gates = [f"model.layers.{layer}.block_sparse_moe.gate" for layer in range(2)]
+        config["target_modules"] = target or [*config["target_modules"], *gates]
+
+    hf.load(again, rewritten(tmp_path, named))
+    assert (logits(again) - logits(model)).abs().max() <= 1e-12
+    if isinstance(target, list):
+        with quiet():
+            theirs = peft.PeftModel.from_pretrained(mixture("mixtral", "eager"), str(tmp_path))
+        assert (logits(theirs) - logits(model)).abs().max() <= 1e-12
+
+
 EXPERT = "base_model.model.model.layers.1.mlp.experts.2"
 UNREADABLE: dict[str, tuple[str, Callable[[dict[str, Any], Files], Any], tuple[str, ...]]] = {
     "an expert is missing": (
@@ -405,9 +431,9 @@ def two_ranks() -> Any:
     return model
 
 
-def beside(kind: Any, target: str, **config: Any) -> Callable[[], Any]:
+def beside(kind: Any, target: str, name: str = "qwen3", **config: Any) -> Callable[[], Any]:
     def make() -> Any:
-        model = mixture("qwen3", "eager")
+        model = mixture(name, "eager")
         peftlib.inject(model, "mlp.experts", LoRA, rank=2)
         peftlib.inject(model, target, kind, **config)
         return model
@@ -427,6 +453,11 @@ UNWRITABLE: dict[str, tuple[Callable[[], Any], list[str], tuple[str, ...]]] = {
     "a side that is not said": (lambda: adapted("llama4"), KEYED, ("Llama4TextExperts", "is_transposed")),
     "another name": (of_one_s_own, KEYED, ("layer.square", "Experts")),
     "two ranks": (two_ranks, KEYED, (f"{SECOND}.down_proj", f"{FIRST}.down_proj", "rank")),
+    "a router of another name": (
+        beside(LoRA, "mlp.gate", "mixtral", rank=2),
+        ["per-expert"],
+        ("model.layers.0.mlp.gate.weight", "transformers 4"),
+    ),
     "a scale beside": (beside(LoRA, "o_proj", rank=2, alpha=3.0), ["automodel", "sglang"], ("scale",)),
     "DoRA beside": (beside(peftlib.DoRA, "o_proj", rank=2), ["automodel", "sglang"], ("DoRA",)),
     "an embedding beside": (beside(LoRA, "embed_tokens", rank=2), ["automodel", "sglang"], ("Embedding",)),
