@@ -1,6 +1,7 @@
 """Plots of norms, spectra, schedules, memory and results, each drawn on the axes that it is given and returned."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -40,8 +41,7 @@ def delta_norms(numbers: Mapping[str, float], *, ax: "Axes | None" = None) -> "A
         >>> ax.figure.savefig("norms.png")
     """
     lines: dict[str, list[tuple[int, float]]] = {}
-    for key, value in _by_module(numbers, "delta_ratio").items():
-        layer, label = _layer_in(key)
+    for (layer, label), value in _over_layers(_by_module(numbers, "delta_ratio")):
         lines.setdefault(label, []).append((layer, value))
     ax = _axes(ax)
     for label, points in lines.items():
@@ -258,15 +258,19 @@ def _by_module(numbers: Mapping[str, float], number: str) -> dict[str, float]:
     return found
 
 
-def _layer_in(key: str) -> tuple[int, str]:
-    """The first number in a module's name, and the name without it: "a/layers.3.fc" is 3 of "a/layers.*.fc"."""
-    parts = key.split(".")
-    adapter, _, first = parts[0].partition("/")
-    parts[0] = first
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if at is None:
-        return 0, key
-    return int(parts[at]), f"{adapter}/{'.'.join(['*' if i == at else part for i, part in enumerate(parts)])}"
+def _over_layers(values: Mapping[str, float]) -> Iterator[tuple[tuple[int, str], float]]:
+    """The layer of each module, and its name without it: of names that differ in their numbers alone, the first number
+    that differs. Of "a/0.layers.3.fc" and "a/0.layers.4.fc" these are 3, 4 and "a/0.layers.*.fc"."""
+    alike: dict[str, list[list[str]]] = {}
+    for key in values:
+        parts = re.split(r"([/.])", key)
+        alike.setdefault(re.sub(r"\b\d+\b", "#", key), []).append(parts)
+    for names in alike.values():
+        columns = [*zip(*names, strict=True)]
+        at = next((i for i, column in enumerate(columns) if len({*column}) > 1), None)
+        for parts in names:
+            shown = parts if at is None else [*parts[:at], "*", *parts[at + 1 :]]
+            yield (0 if at is None else int(parts[at]), "".join(shown)), values["".join(parts)]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

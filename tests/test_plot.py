@@ -46,6 +46,12 @@ def test_norms_are_a_line_over_the_layers_for_each_kind_of_module():
     assert [text.get_text() for text in ax.get_legend().get_texts()] == list(drawn)
 
 
+def test_the_layer_is_the_number_that_differs():
+    numbers = {f"a/1.layers.{i}.fc/delta_ratio": float(i) for i in (0, 2)}
+    drawn = lines(delta_norms(numbers, ax=axes()))
+    assert drawn == {"a/1.layers.*.fc": ([0, 2], [0.0, 2.0])}
+
+
 def test_a_module_without_a_number_is_a_point():
     model = chain(nn.Linear(4, 4))
     peftlib.inject(model[0], "^", LoRA, rank=1)

@@ -1,5 +1,6 @@
 """What the site needs beyond MkDocs: equations, drawings, generated pages, Markdown beside the HTML, llms.txt."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from mkdocs.structure.files import File, Files
 sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads a hook as a file, not as a package
 
 import drawings
+import notebook
 import plain_pages
 import tables
 from mathml import MathML
@@ -35,6 +37,9 @@ def on_config(config: Any) -> Any:
 def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text()))
     files.append(File.generated(config, "benchmarks.md", content=benchmarks()))
+    page, pictures = notebook.page(json.loads(notebook.NOTEBOOK.read_text()))
+    for name, content in {"notebook.md": page, **pictures}.items():
+        files.append(File.generated(config, name, content=content))
     return files
 
 
