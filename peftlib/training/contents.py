@@ -1,6 +1,6 @@
 """What the adapters of one name are made of: their tensors and seeds, which can be copied, saved, and told apart."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,6 @@ from .._core.randomness import Masks
 
 # What may differ between two adapters of which one becomes a copy of the other: how it is trained, not what it is.
 _OF_TRAINING = ("seed", "dropout")
-
-
-Tensors = Mapping[str, Tensor]
 
 
 class Contents:
@@ -27,14 +24,11 @@ class Contents:
         self.descriptions = [_description(one) for one in self.state()]
         self.key = repr(self.descriptions)
 
-    def copy_from(self, other: "Contents", more: Iterable[tuple[Tensors, Tensors]]) -> None:
-        """Of another of which `difference` is None; and these pairs of tensors by key, the second into the first."""
+    def copy_from(self, other: "Contents", more_into: list[Tensor], more: list[Tensor]) -> None:
+        """Of another of which `difference` is None; and more tensors, into those."""
         into, out = ([held[key] for held, key in contents.slots] for contents in (self, other))
-        for mine, theirs in more:
-            into += mine.values()
-            out += theirs.values()
         with torch.no_grad():
-            torch._foreach_copy_(into, out)
+            torch._foreach_copy_(into + more_into, out + more)
         self._reseed([adapter.config.get("seed") for adapter, _ in other.masks])
 
     def state(self) -> list[dict[str, Any]]:

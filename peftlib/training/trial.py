@@ -83,16 +83,29 @@ class Trial:
             found = f"an optimizer of another type, {type(other.optimizer).__name__}"
         if found is not None:
             raise self._refusal(f"{other.name!r} has {found}")
-        mine, theirs = self.optimizer.state, other.optimizer.state
-        copied = {p: theirs[q] for p, q in zip(self.parameters, other.parameters, strict=True) if q in theirs}
-        pairs = [(mine.get(p, {}), state) for p, state in copied.items()]
-        if len(pairs) != len(mine) or not all(_has_places(own, state) for own, state in pairs):
-            mine.clear()
-            mine.update({p: copy.deepcopy(state) for p, state in copied.items()})
-            pairs = []
-        self.contents.copy_from(other.contents, pairs)
+        self.contents.copy_from(other.contents, *self._places_for_state(other))
         self.seed, self.stopped = other.seed, None
         self.forget_gradients()
+
+    def _places_for_state(self, other: "Trial") -> tuple[list[Tensor], list[Tensor]]:
+        """Tensors of its optimizer's state and those that are to be copied into them; where it has no such places yet,
+        it gets a copy at once. In one plain loop: a state of 882 adapters has 5,292 tensors."""
+        mine, theirs = self.optimizer.state, other.optimizer.state
+        into: list[Any] = []
+        out: list[Any] = []
+        for p, q in zip(self.parameters, other.parameters, strict=True):
+            own, state = mine.get(p, {}), theirs.get(q, {})
+            if [*own] != [*state]:
+                break
+            into += own.values()
+            out += state.values()
+        else:
+            if {*map(type, into), *map(type, out)} <= {Tensor}:
+                return into, out
+        mine.clear()
+        pairs = zip(self.parameters, other.parameters, strict=True)
+        mine.update({p: copy.deepcopy(theirs[q]) for p, q in pairs if q in theirs})
+        return [], []
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -128,8 +141,3 @@ class Trial:
 
 def _groups(optimizer: Optimizer, state: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
     return optimizer.param_groups, state["param_groups"]
-
-
-def _has_places(own: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
-    """Whether each tensor of the state has one here that it can be copied into."""
-    return [*own] == [*state] and {*map(type, (*own.values(), *state.values()))} == {Tensor}

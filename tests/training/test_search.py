@@ -1,5 +1,6 @@
 """The search with Optuna: trials are pruned at equal steps, fill free places, and go on after a kill."""
 
+import doctest
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -249,6 +250,10 @@ def test_numbers_that_cannot_be_are_refused(options, names):
     task = Task()
     with refused(task.trials.model, *names):
         task.run(optuna.create_study(), **options)
+
+
+def test_the_examples_run():
+    assert doctest.testmod(peftlib.search).failed == 0
 
 
 def test_a_factor_that_keeps_all_is_refused():
