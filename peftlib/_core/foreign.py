@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.compiler import is_compiling
-from torch.fx import Proxy, _symbolic_trace
+from torch.fx import Proxy
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils._pytree import tree_leaves
@@ -148,9 +148,8 @@ def _offloading(module: nn.Module) -> list[Any]:
     return [hook for hook in hooks if getattr(hook, "offload", False)]
 
 
-def is_symbolic() -> bool:
-    """Whether `torch.fx.symbolic_trace` is under way, which calls modules with symbols in the place of tensors."""
-    return _symbolic_trace._is_fx_tracing_flag and not is_compiling()
+# Whether `torch.fx.symbolic_trace` is under way, which calls modules with symbols in the place of tensors.
+is_symbolic = is_fx_symbolic_tracing
 
 
 def node_in_graph(host: nn.Module, found: str, args: Any, kwargs: Any) -> Proxy | None:
