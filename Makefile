@@ -1,5 +1,5 @@
 # `make demo` and `make test` need a Python of 3.11 or newer and nothing else: they make .venv themselves.
-.PHONY: help demo search test test-all matrix field coverage mutate lint bench tables docs docs-serve gpu-check clean
+.PHONY: help demo search test test-all matrix field coverage mutate lint bench tables versions docs docs-serve gpu-check clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,\
@@ -20,6 +20,8 @@ help:
 	@echo 'make lint       ruff, pyright, pydoclint'
 	@echo 'make bench      speed and memory beside other libraries; needs a quiet machine'
 	@echo 'make tables     accuracy and forgetting of each kind and method; an hour or two, and it resumes'
+	@echo 'make versions   docs/versions.md: the tests with the lowest and the newest of each dependency; hours, and it resumes'
+	@echo '                ENVIRONMENTS=... runs those alone'
 	@echo 'make gpu-check  the kernels, tested and timed on the GPU of this machine'
 	@echo 'make docs       the pages of docs/ as a site in site/; make docs-serve shows it while you write'
 	@echo 'make clean      remove .venv and everything that was made'
@@ -68,6 +70,9 @@ bench: .venv/.with-bench .venv/.with-test
 tables: .venv/.with-demo
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/accuracy.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/forgetting.py
+
+versions: .venv/.with-test .venv/.with-ecosystem
+	$(BIN)/python tests/tools/versions.py --table docs/versions.md $(ENVIRONMENTS)
 
 gpu-check: .venv/.with-test
 	$(BIN)/python benchmarks/gpu_check.py
