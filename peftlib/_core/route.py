@@ -28,8 +28,10 @@ def route(
     .. math:: y_i = \mathrm{model}_{a(i)}(x_i)
 
     Each row's result is what it would be if its adapters were active alone, and so are each adapter's gradients, of the
-    losses of its rows; an adapter without rows gets None. Like `activate` it acts at once, on every call with as many
-    rows, until the block ends or `activate` or `route` is called again. It costs one bare walk over the modules.
+    losses of its rows; an adapter without rows gets None. No adapter has a weight meanwhile. Like `activate` it acts at
+    once, on every call with as many rows, until the block ends or `activate` or `route` is called again. It costs one
+    bare walk over the modules. Under `torch.compile`, LoRA on linear layers has one graph for every assignment of rows
+    to the same adapters, and without gradients to any; other adapters for each number of rows that each of them has.
 
     A module's rows are those of the first tensor that it is called with: as many as `rows`, or a whole multiple of
     which each row has its share together (tokens flattened, beams). Other tensors with as many along `dim` are cut as

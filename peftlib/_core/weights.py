@@ -27,6 +27,8 @@ def chosen(choices: tuple[Choice, ...], doing: str) -> Chosen:
     multiplied by zero: what is not finite in it reaches nothing."""
     numbers: dict[str, float] = {}
     for choice in choices:
+        if not isinstance(choice, (str, Mapping)):
+            return Chosen((choice,), (), None)  # `require` refuses it, and knows the names that there are
         numbers |= _checked(choice, doing) if isinstance(choice, Mapping) else {choice: 1.0}
     weights = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items() if value not in (0, 1)}
     said = any(isinstance(choice, Mapping) for choice in choices)

@@ -158,6 +158,13 @@ def test_a_weight_that_is_no_finite_number_is_refused(value, named):
             act(model, {"a": value})
 
 
+def test_a_list_of_names_is_refused_with_what_to_pass():
+    model = two()
+    for act in (peftlib.activate, peftlib.view, peftlib.merge):
+        with refused(model, "['a']", "'b'"):
+            act(model, ["a"])
+
+
 def test_an_absent_name_is_refused_also_with_weight_zero():
     model = two()
     with refused(model, "c"):
