@@ -1,16 +1,15 @@
 """What the adapters of one name are made of: their tensors and seeds, which can be copied, saved, and told apart."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._core.adapter import Adapter
+from .._core.adapter import KINDS, Adapter, takes_keyword
 from .._core.randomness import Masks
 
-# What may differ between two adapters of which one becomes a copy of the other: how it is trained, not what it is.
-_OF_TRAINING = ("seed", "dropout")
+_torch: Any = torch  # whose types leave out its functions on lists
 
 
 class Contents:
@@ -20,7 +19,6 @@ class Contents:
         self.adapters = adapters
         self.parameters = [*{id(p): p for _, adapter in adapters for p in adapter.parameters()}.values()]
         self.slots = [slot for _, adapter in adapters for module in adapter.modules() for slot in _slots(module)]
-        self.masks = [(adapter, masks) for _, adapter in adapters for masks in _masks_of(adapter)]
         self.descriptions = [_description(one) for one in self.state()]
         self.key = repr(self.descriptions)
 
@@ -28,8 +26,8 @@ class Contents:
         """Of another of which `difference` is None; and more tensors, into those."""
         into, out = ([held[key] for held, key in contents.slots] for contents in (self, other))
         with torch.no_grad():
-            torch._foreach_copy_(into + more_into, out + more)
-        self._reseed([adapter.config.get("seed") for adapter, _ in other.masks])
+            _torch._foreach_copy_(into + more_into, out + more)
+        self._reseed([adapter.config for _, adapter in other.adapters])
 
     def state(self) -> list[dict[str, Any]]:
         return [{**_place(host_name, adapter), "tensors": _state(adapter)} for host_name, adapter in self.adapters]
@@ -39,7 +37,7 @@ class Contents:
             for (_, adapter), saved in zip(self.adapters, state, strict=True):
                 for key, tensor in _state(adapter).items():
                     tensor.copy_(saved["tensors"][key])
-        self._reseed([one["config"].get("seed") for one in state if "seed" in one["config"]][: len(self.masks)])
+        self._reseed([saved["config"] for saved in state])
 
     def difference(self, other: "Contents | Sequence[Mapping[str, Any]]") -> str | None:
         """What the other has that these have not, in words, if anything."""
@@ -51,11 +49,12 @@ class Contents:
         pairs = zip(theirs, self.descriptions, strict=True)
         return next((_in_words(one, own) for one, own in pairs if one != own), None)
 
-    def _reseed(self, seeds: Sequence[int | None]) -> None:
-        for (adapter, masks), seed in zip(self.masks, seeds, strict=True):
-            if adapter.config.get("seed") != seed:
-                adapter.config["seed"] = seed
-                masks.reseed(seed)
+    def _reseed(self, configs: Iterable[Mapping[str, Any]]) -> None:
+        for (_, adapter), config in zip(self.adapters, configs, strict=True):
+            masks = adapter._modules.get("masks")
+            if isinstance(masks, Masks) and adapter.config["seed"] != config["seed"]:
+                adapter.config["seed"] = config["seed"]
+                masks.reseed(config["seed"])
 
 
 def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
@@ -64,11 +63,6 @@ def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
     found: list[tuple[dict[str, Any], str]] = [(module._parameters, key) for key in module._parameters]
     found += [(module._buffers, key) for key in buffers]
     return [(held, key) for held, key in found if held[key] is not None]
-
-
-def _masks_of(adapter: Adapter) -> list[Masks]:
-    masks = adapter._modules.get("masks")
-    return [masks] if isinstance(masks, Masks) else []
 
 
 def _state(adapter: Adapter) -> dict[str, Tensor]:
@@ -80,7 +74,10 @@ def _place(host_name: str, adapter: Adapter) -> dict[str, Any]:
 
 
 def _description(state: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    config = {key: value for key, value in state["config"].items() if key not in _OF_TRAINING}
+    """What two adapters must have in common if one is to become a copy of the other: dropout is how it is trained, and
+    a seed goes with the copy, unless the type has a use of its own for it."""
+    free = {"dropout"} if takes_keyword(KINDS.get(state["kind"], Adapter), "seed") else {"dropout", "seed"}
+    config = {key: value for key, value in state["config"].items() if key not in free}
     shapes = {f"the shape of {key}": [*tensor.shape] for key, tensor in state["tensors"].items()}
     return state["host"], state["kind"], {**config, **shapes}
 

@@ -32,7 +32,8 @@ def step_finite(trials: Mapping[str, Trial], losses: Mapping[str, Tensor]) -> di
 
 def _values(scalars: Mapping[str, Tensor]) -> dict[str, float]:
     """One transfer for all, where they are on another device."""
-    together = torch.stack([scalar.detach().double() for scalar in scalars.values()])
+    device = next(iter(scalars.values())).device
+    together = torch.stack([scalar.detach().to(device, torch.float64) for scalar in scalars.values()])
     return dict(zip(scalars, together.tolist(), strict=True))
 
 

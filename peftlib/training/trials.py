@@ -12,7 +12,7 @@ from .._checks import require_whole_number
 from .._core.eject import eject
 from .._core.inject import require_changeable
 from .._core.randomness import require_seed
-from .._core.route import route
+from .._core.route import Choice, route
 from .._core.walk import adapters, in_eval_mode, require, require_unmerged
 from .._errors import AdapterError
 from .gate import step_finite
@@ -222,10 +222,12 @@ class Trials:
 
     @property
     def running(self) -> list[str]:
+        """The names of the trials that have not stopped."""
         return [name for name, trial in self._trials.items() if trial.stopped is None]
 
     @property
     def stopped(self) -> dict[str, str]:
+        """Those that have, and why."""
         return {name: trial.stopped for name, trial in self._trials.items() if trial.stopped is not None}
 
     def __getitem__(self, name: str) -> Trial:
@@ -256,7 +258,8 @@ class Trials:
 
     def _run(self, calls: dict[str, Call]) -> dict[str, Any]:
         (args, kwargs), rows, positions = joined(calls)
-        with route(self.model, rows):
+        each: dict[Choice, int] = {**rows}
+        with route(self.model, each):
             return cut(self.model(*args, **kwargs), rows, positions)
 
 
