@@ -208,7 +208,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", default=own["data"], help="csv file with the columns text and label (0, 1, ...)")
     parser.add_argument("--trials", type=int, default=24, help="of all processes together")
     parser.add_argument("--steps", type=int, default=64, help="of a trial that is not pruned; a multiple of 4")
-    parser.add_argument("--batch", type=int, default=16, help="sentences of a trial's step")
+    parser.add_argument("--batch", type=int, default=8, help="sentences of a trial's step")
     parser.add_argument("--side-by-side", type=int, default=8, help="trials that run at once")
     parser.add_argument("--name", default="search", help="of the study and of all files")
     parser.add_argument("--process", default="first", help="give each process another word, and they share the trials")

@@ -304,6 +304,27 @@ def test_a_clone_of_a_good_trial_revives_one_that_stopped():
     train(trials, range(3, 4))
 
 
+class TrialsOwnSeed(peftlib.Adapter):
+    """A type that has a use of its own for the seed: directions that it does not save."""
+
+    def __init__(self, host: Any, seed: int = 0) -> None:
+        super().__init__()
+        self.length = nn.Parameter(torch.zeros((), dtype=host.weight.dtype))
+        direction = torch.randn(len(host.weight), generator=torch.Generator().manual_seed(seed))
+        self.register_buffer("direction", direction.to(host.weight.dtype), persistent=False)
+
+    def forward(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs) + self.length * self.direction
+
+
+def test_a_seed_that_makes_a_type_what_it_is_must_be_the_same_in_a_clone():
+    setting = Setting(("head", TrialsOwnSeed, {}))
+    trials = added(base(), {"a": setting, "b": setting._replace(seed=1), "c": setting})
+    with refused(trials.model, "'b'", "'a'", "seed=0"):
+        trials.clone("a", "b")
+    trials.clone("a", "c")
+
+
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
 
 
@@ -340,6 +361,24 @@ def test_outputs_of_many_forms_are_cut_by_rows():
             (found["more"][1][0], expected["more"][1][0]),
         ]:
             torch.testing.assert_close(one, other)
+
+
+def test_a_mask_of_positions_goes_to_every_row_also_where_there_are_as_many():
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, attn_mask: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(self.query(x), x, x, attn_mask=attn_mask)
+
+    trials = Trials(Attending())
+    for name in ("a", "b"):
+        trials.add(name, ("query", LoRA, {"rank": 1}), optimizer=sgd, seed=0)
+    x, mask = torch.randn(3, 3, 4), torch.ones(3, 3, dtype=torch.bool).tril()
+    outputs = trials({"a": (x,), "b": (x,)}, attn_mask=mask)
+    for y in (*outputs.values(), *trials(x, attn_mask=mask).values()):
+        torch.testing.assert_close(y, trials.model(x, attn_mask=mask))
 
 
 def test_a_model_output_stays_one_and_a_loss_over_all_rows_is_refused():
