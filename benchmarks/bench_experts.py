@@ -20,7 +20,7 @@ IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 class WholeLoRA(peftlib.LoRA):
     """W + sBA made anew in every call."""
 
-    lazy = False
+    lazy = ()
 
 
 def mixture(experts: int, implementation: str) -> Any:

@@ -59,7 +59,7 @@ FILES = {
     ],
     "kinds": [
         "_weight_layout _hidden_states _prompt_inputs _lazy_products _lazy_views _lora_rows _traced_rows",
-        "_lazy_layers",
+        "_lazy_layers _lazy_scaled",
         "_lazy_hosts",
         "_low_rank _probe",
         "_features",

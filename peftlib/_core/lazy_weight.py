@@ -86,6 +86,7 @@ def _product(L: Tensor, R: Tensor) -> Tensor:
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
+SCALED: dict[Any, Rule] = {}  # of weights that have a gain
 _METADATA = {
     getattr(torch.Tensor, name).__get__
     for name in (
@@ -103,7 +104,8 @@ _METADATA = {
 
 
 class LazyWeight:
-    """Stands for `base` [*stack, rows, *rest] plus its changes."""
+    """Stands for `base` [*stack, rows, *rest] plus its changes, each row times its gain if there is one: it is `plain`
+    without it. A gain [*stack, rows], or `across` one of columns, is there beside matrices alone."""
 
     base: Tensor
     changes: tuple[LowRank, ...]
@@ -111,6 +113,9 @@ class LazyWeight:
     is_part: bool = False
     made: Tensor | None = None
     experts: Any = None
+    gain: Tensor | None = None
+    across: bool = False
+    plain: Any = None
 
     @property
     def stack(self) -> int:
@@ -124,6 +129,11 @@ class LazyWeight:
     def like(self, base: Tensor, changes: tuple[LowRank, ...]) -> "LazyWeight":
         """A part or a view of this one."""
         raise NotImplementedError
+
+    def scaled(self, gain: Tensor, plain: "LazyWeight", across: bool = False) -> "LazyWeight":
+        """With a gain, and what it is without."""
+        self.gain, self.plain, self.across = gain, plain, across
+        return self
 
     def _name(self) -> str:
         return getattr(self.changes[0].adapter, "param", "a weight")
@@ -149,7 +159,10 @@ class LazyWeight:
         self._require_values(by)
         note_materialized(by, *(change.adapter for change in self.changes))
         with torch.set_grad_enabled(self.tracks):
-            return _sum(self.base, self.changes)
+            whole = _sum(self.base, self.changes)
+            if self.gain is not None:
+                whole = whole * self.gain.unsqueeze(-2 if self.across else -1)
+            return whole.to(self.base.dtype)
 
     def _require_no_dropout(self, by: str) -> None:
         change = next((change for change in self.changes if change.dropout), None)
@@ -172,11 +185,14 @@ class LazyWeight:
         if func in _METADATA:
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        lazy = [each for each in (*args, *kwargs.values()) if isinstance(each, LazyWeight)]
-        for each in lazy:
-            each.require_gradient(func)
-        rule = RULES.get(func) or RULES.get(getattr(func, "_qualified_op_name", None))  # an operator of a library
-        if rule is not None and not [each for each in lazy if each.made is not None]:
+        is_made, rules = False, RULES
+        for each in (*args, *kwargs.values()):
+            if isinstance(each, LazyWeight):
+                each.require_gradient(func)
+                is_made = is_made or each.made is not None
+                rules = rules if each.gain is None else SCALED
+        rule = rules.get(func) or rules.get(getattr(func, "_qualified_op_name", None))  # an operator of a library
+        if rule is not None and not is_made:
             found = rule(func, *args, **kwargs)
             if found is not NotImplemented:
                 return found
@@ -233,7 +249,7 @@ def _sum(base: Tensor, changes: Iterable[LowRank]) -> Tensor:
     whole = base
     for change in changes:
         whole = whole + change.whole()
-    return whole.to(base.dtype)
+    return whole
 
 
 def _with_wholes(func: Any, name: str, args: Any, kwargs: Any, whole: Any = LazyWeight.whole) -> Any:
@@ -275,21 +291,26 @@ def can_stand_for(weight: Tensor) -> bool:
     return isinstance(weight, LazyWeight) or type(weight) in (Tensor, nn.Parameter) or wraps_others(weight)
 
 
-def lazily(weight: Tensor, change: LowRank) -> Any:
-    """The weight with one change more."""
-    if isinstance(weight, LazyWeight):
-        return _standing(weight.base, (*weight.changes, change))
-    return _standing(weight, (change,))
+def lazily(weight: Tensor, change: LowRank, gain: Tensor | None = None) -> Any:
+    """The weight with one change more, and then each row times its gain."""
+    if not isinstance(weight, LazyWeight):
+        return _standing(weight, (change,), gain)
+    if weight.gain is None:
+        return _standing(weight.base, (*weight.changes, change), gain)
+    return _standing(weight.whole(type(change.adapter).__name__), (change,), gain)
 
 
-def _standing(base: Tensor, changes: tuple[LowRank, ...]) -> LazyWeight:
+def _standing(base: Tensor, changes: tuple[LowRank, ...], gain: Tensor | None) -> LazyWeight:
     if is_compiling():
         return TracedWeight(base, changes)
+    gains = [] if gain is None else [gain]
     factors = [factor for change in changes for factor in change.factors()]
-    tracks = torch.is_grad_enabled() and any(each.requires_grad for each in (base, *factors))
+    tracks = torch.is_grad_enabled() and any(each.requires_grad for each in (base, *gains, *factors))
     if not tracks or is_transformed():
-        return LazyTensor(base, changes, tracks)
-    return apply(_Standing, changes, base, *factors)
+        found = LazyTensor(base, changes, tracks)
+    else:
+        found = apply(_Standing, changes, len(gains), base, *gains, *factors)
+    return found if gain is None else found.scaled(gain, LazyTensor(base, changes, tracks).like(base, changes))
 
 
 class _Standing(Function):
@@ -297,9 +318,9 @@ class _Standing(Function):
     extension) computes with the whole, and its gradient arrives here and goes on to the factors."""
 
     @staticmethod
-    def forward(ctx: Any, changes: tuple[LowRank, ...], base: Tensor, *factors: Tensor) -> Tensor:
-        ctx.changes = changes
-        ctx.save_for_backward(*factors)
+    def forward(ctx: Any, changes: tuple[LowRank, ...], gains: int, base: Tensor, *factors: Tensor) -> Tensor:
+        ctx.changes, ctx.gains = changes, gains
+        ctx.save_for_backward(*([base] if gains else []), *factors)
         return LazyTensor(base, changes, True)
 
     @staticmethod
@@ -309,14 +330,23 @@ class _Standing(Function):
 
 @once_differentiable
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    of_base, *needed = ctx.needs_input_grad[1:]
-    factors = [each.detach().requires_grad_(need) for each, need in zip(ctx.saved_tensors, needed, strict=True)]
+    of_base, *needed = ctx.needs_input_grad[2:]
+    base, gain, saved = None, None, ctx.saved_tensors
+    if ctx.gains:
+        base, gain, *saved = saved
+    factors = [each.detach().requires_grad_() for each in saved]
     following = iter(factors)
     with torch.enable_grad():
         wholes = [
             change._replace(pairs=tuple((next(following), next(following)) for _ in change.pairs)).whole()
             for change in ctx.changes
         ]
+    of_gain = []
+    if gain is not None and base is not None:
+        moved = sum((whole.detach() for whole in wholes), base)
+        of_gain = [(grad_output * moved).sum(-1).to(gain.dtype) if needed[0] else None]
+        grad_output, needed = grad_output * gain.unsqueeze(-1), needed[1:]
     given = [grad_output.to(whole.dtype) for whole in wholes]
-    found = iter(torch.autograd.grad(wholes, [each for each in factors if each.requires_grad], given))
-    return None, grad_output if of_base else None, *(next(found) if need else None for need in needed)
+    found = torch.autograd.grad(wholes, factors, given)
+    of_factors = [each if need else None for each, need in zip(found, needed, strict=True)]
+    return None, None, grad_output if of_base else None, *of_gain, *of_factors

@@ -8,6 +8,7 @@ from torch.compiler import is_compiling
 from .._core.lazy_weight import note_materialized
 from . import _lazy_layers as _lazy_layers
 from . import _lazy_products as _lazy_products
+from . import _lazy_scaled as _lazy_scaled
 from . import _lazy_views as _lazy_views
 
 _BY_TORCH = ("eager", "grouped_mm", "batched_mm")

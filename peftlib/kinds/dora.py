@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .._core.adapter import fold_all, unwrapped
+from .._core.lazy_weight import LazyWeight
 from .._core.override import as_weights, overridden, owner_of, weight_of
 from .._core.quantized import not_real_as
 from .._core.weights import blended
 from .._errors import AdapterError
 from ..kernels import dora_norm
-from ._weight_layout import TransposedKernel
+from ._weight_layout import Stack, TransposedKernel
 from .lora import LoRA
 
 
@@ -56,7 +58,7 @@ class DoRA(LoRA):
     """
 
     magnitude: nn.Parameter
-    lazy = False
+    lazy = (Stack,)
     axes: Mapping[str, tuple[int | None, int | None]] = {**LoRA.axes, "magnitude": (0, None)}
 
     def __init__(
@@ -134,6 +136,22 @@ class DoRA(LoRA):
         if bias is None:
             return (y * gain).to(y.dtype)
         return torch.addcmul((1 - gain) * bias.view(-1, *kernel), y, gain).to(y.dtype)
+
+    def fold_for_call(self, host: nn.Module) -> dict[str, Tensor]:
+        """Compiled, or around another adapter's change of the stack, with the whole: its norms need what that made. So
+        is a part of its effect, which is no gain for each row."""
+        of_one = self.weight_in(host)
+        is_whole_effect = isinstance(of_one, float) and of_one == 1.0
+        if is_whole_effect and not is_compiling() and not isinstance(weight_of(host, self.param), LazyWeight):
+            return super().fold_for_call(host)
+        self._require_no_dropout(host)
+        return self.fold(host)
+
+    def _row_gain(self, host: nn.Module) -> Tensor:
+        return self._gain(host)
+
+    def low_rank_change(self, host: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        return {}  # its change has the norms in it
 
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
         """m ⊙ V/‖V‖, unrounded."""

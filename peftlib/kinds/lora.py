@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from ._low_rank import (
     require_overridable,
 )
 from ._traced_rows import TracedRows
-from ._weight_layout import LAYOUTS, Rows, form_of, matrices_of, principal_pair
+from ._weight_layout import LAYOUTS, Form, Rows, form_of, matrices_of, principal_pair
 
 _INITS = ("kaiming", "gaussian", "orthogonal", "pissa")
 
@@ -76,7 +76,7 @@ class LoRA(Adapter):
 
     initial_A: Tensor
     initial_B: Tensor
-    lazy = True  # whether W + s B A is all that this kind makes of W
+    lazy: Sequence[type[Form]] = LAYOUTS  # beside which this kind makes W + s B A of W, and at most a gain of each row
     axes: Mapping[str, tuple[int | None, int | None]] = {
         "lora_A": (None, 1),
         "initial_A": (None, 1),
@@ -106,7 +106,9 @@ class LoRA(Adapter):
         self.kernel = None if init == "pissa" else _kernel_of(host, self.term)
         if self.term is None:
             require_overridable(host, param)
-        if dropout and (self.form.looks_up or (self.term is None and not (self.lazy and shows_input(host)))):
+        if dropout and (
+            self.form.looks_up or (self.term is None and not (self.form in self.lazy and shows_input(host)))
+        ):
             raise AdapterError(
                 f"dropout={dropout}: {type(host).__name__}.{param} has no input of its own to drop from. "
                 "Use dropout=0 here."
@@ -271,18 +273,19 @@ class LoRA(Adapter):
     def fold_for_call(self, host: nn.Module) -> dict[str, Tensor]:
         """The weight and the pair apart, W + s B A never made, where the host reads an ordinary tensor."""
         weight = weight_of(host, self.param)
-        if not (self.lazy and can_stand_for(weight) and is_lazily_read(host, self)):
+        if not (self.form in self.lazy and can_stand_for(weight) and is_lazily_read(host, self)):
             self._require_no_dropout(host)
             return self.fold(host)
         initial = ((self.initial_A, self.initial_B),) if self.init == "pissa" else ()
         pairs = tuple(self.form.factors(*pair) for pair in ((self.lora_A, self.lora_B), *initial))
-        dropout = self.dropout if self.training else 0.0
-        return {self.param: lazily(weight, LowRank(pairs, self._scale_in(host), dropout, self))}
+        change = LowRank(pairs, self._scale_in(host), self.dropout if self.training else 0.0, self)
+        return {self.param: lazily(weight, change, self._row_gain(host))}
+
+    def _row_gain(self, host: nn.Module) -> Tensor | None:
+        return None
 
     def low_rank_change(self, host: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         """s B A. With "pissa" s (B A - B' A'), as s (B - B') A + s B' (A - A'), in which nothing cancels."""
-        if not self.lazy:
-            return {}
         A, B = self.form.pair(self.lora_A, self.lora_B)
         if self.init == "pissa":
             start_A, start_B = self.form.pair(self.initial_A, self.initial_B)

@@ -231,6 +231,51 @@ def test_a_fresh_adapter_changes_no_bit(name, dtype, init):
         assert torch.equal(one, other)
 
 
+# A gain beside it: DoRA on the stack
+
+WITHOUT_A_GAIN = {
+    "baddbmm", "einsum with a stack", "einsum of three", "einsum of a batch", "einsum to a sum", "rows of all",
+    "rows and columns", "columns behind dots", "chunks of a stack's rows", "a split of experts", "a tensor_split",
+    "select", "narrow columns", "index_select", "swapaxes", "swapdims", "permute", "permute by a list", "view",
+    "reshape", "matmul of a vector", "grouped_mm of a batch",
+}  # fmt: skip
+ON_STACKS = {name: read for name, read in RULES.items() if "stack" in read.__code__.co_names} | {
+    "mT": lambda m, x: x @ m.stack[2].mT,
+    "T of an expert": lambda m, x: x @ m.stack[2].T,
+    "t": lambda m, x: torch.mm(x, m.stack[2].t()),
+    "transpose": lambda m, x: x @ m.stack.transpose(-1, -2),
+    "linear of a transpose": lambda m, x: F.linear(out_of(x), m.stack[2].t()),
+    "linear with a bias": lambda m, x: F.linear(x, m.stack[2], torch.arange(OUT, dtype=x.dtype)),
+    "matmul from the left": lambda m, x: m.stack[2] @ x.t(),
+    "matmul from the left of a transpose": lambda m, x: m.stack[2].t() @ out_of(x).t(),
+    "matmul of a vector": lambda m, x: (m.stack @ x[0], out_of(x)[0] @ m.stack),
+    "a cast of a stack": lambda m, x: (x.float() @ m.stack.float().mT).double(),
+    "select": lambda m, x: F.linear(x, m.stack.select(0, 2)),
+}
+
+
+@pytest.mark.parametrize("name", ON_STACKS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_gain_of_rows_equals_the_dense_weight(name, dropout):
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(Reader(ON_STACKS[name])).double()
+    x = torch.randn(TOKENS, IN, dtype=torch.float64, requires_grad=True)
+    peftlib.inject(model, "0", peftlib.DoRA, param="stack", rank=2, alpha=3.0, dropout=dropout)
+    moved(model.eval())
+    A, B, magnitude = peftlib.parameters(model)
+    moved_stack = model[0].stack.detach() + 1.5 * B @ A
+    reader = Reader(ON_STACKS[name])
+    del reader._parameters["stack"]
+    del reader._parameters["weight"]
+    norms = torch.linalg.vector_norm(moved_stack.detach(), dim=-1)
+    reader.stack, reader.weight = (magnitude / norms).unsqueeze(-1) * moved_stack, model[0].weight.detach()
+    found, expected = model(x), reader(x)
+    limits = name if name in LIMITS else "a cast" if "cast" in name else ""
+    assert_equal(found, expected, limits)
+    assert_equal(gradients(found, model, x), gradients(expected, model, x), limits)
+    assert bool(peftlib.verify(model, x).materialized) == (name in WITHOUT_A_GAIN)
+
+
 # The table of them in the docs
 
 
