@@ -310,7 +310,7 @@ def _standing(base: Tensor, changes: tuple[LowRank, ...], gain: Tensor | None) -
         found = LazyTensor(base, changes, tracks)
     else:
         found = apply(_Standing, changes, len(gains), base, *gains, *factors)
-    return found if gain is None else found.scaled(gain, LazyTensor(base, changes, tracks).like(base, changes))
+    return found if gain is None else found.scaled(gain, LazyTensor(base, changes, tracks))
 
 
 class _Standing(Function):

@@ -70,6 +70,31 @@ def test_outputs_gradients_and_merged_weights_equal_dense_float64(name, how):
         assert_close(logits(model), expected, 1e-10)
 
 
+@pytest.mark.parametrize(("name", "how"), [cell for cell in CELLS if cell[0] in ("qwen3", "gpt_oss", "llama4")])
+@pytest.mark.usefixtures("any_dtype")
+def test_dora_equals_dense_float64_and_makes_no_stack(name, how):
+    model = mixture(name, how)
+    peftlib.inject(model, TARGETS.get(name, "mlp.experts"), peftlib.DoRA, rank=4, alpha=2.0)
+    base = logits(mixture(name, how))
+    assert_close(logits(model), base, 1e-12)
+    with torch.no_grad():
+        for p in peftlib.parameters(model):
+            p.mul_(1 + torch.rand(p.shape) / 4).add_(torch.randn(p.shape) / 8)
+    plain = mixture(name, "eager")
+    for host, _, each in peftlib.adapters(model):
+        part: Any = each
+        owner = plain.get_submodule(host)
+        weight = owner._parameters.pop(part.param).detach() + 0.5 * part.lora_B @ part.lora_A
+        gain = part.magnitude / torch.linalg.vector_norm(weight.detach(), dim=-1)
+        setattr(owner, part.param, gain.unsqueeze(-1) * weight)
+    found, expected = logits(model), logits(plain)
+    assert_close(found, expected, 1e-10)
+    assert_close(gradients(found, model), gradients(expected, model), 1e-10)
+    assert not peftlib.verify(model, tokens()).materialized
+    with peftlib.merged(model):
+        assert_close(logits(model), expected, 1e-10)
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "llama4"])
 def test_torch_s_own_grouped_product_agrees(name):
     model = adapted(name, "grouped_mm", torch.float32)

@@ -254,26 +254,48 @@ ON_STACKS = {name: read for name, read in RULES.items() if "stack" in read.__cod
 }
 
 
-@pytest.mark.parametrize("name", ON_STACKS)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_gain_of_rows_equals_the_dense_weight(name, dropout):
+def gained(read: Read) -> tuple[Any, Any, Tensor]:
+    """DoRA on the stack, and the same module with the stack that it stands for, its norms constant."""
     torch.manual_seed(0)
-    model: Any = nn.Sequential(Reader(ON_STACKS[name])).double()
+    model: Any = nn.Sequential(Reader(read)).double()
     x = torch.randn(TOKENS, IN, dtype=torch.float64, requires_grad=True)
-    peftlib.inject(model, "0", peftlib.DoRA, param="stack", rank=2, alpha=3.0, dropout=dropout)
-    moved(model.eval())
-    A, B, magnitude = peftlib.parameters(model)
-    moved_stack = model[0].stack.detach() + 1.5 * B @ A
-    reader = Reader(ON_STACKS[name])
-    del reader._parameters["stack"]
-    del reader._parameters["weight"]
-    norms = torch.linalg.vector_norm(moved_stack.detach(), dim=-1)
-    reader.stack, reader.weight = (magnitude / norms).unsqueeze(-1) * moved_stack, model[0].weight.detach()
+    peftlib.inject(model, "0", peftlib.DoRA, param="stack", rank=2, alpha=3.0)
+    A, B, magnitude = peftlib.parameters(moved(model))
+    stack = model[0].stack.detach() + 1.5 * B @ A
+    reader: Any = Reader(read)
+    reader._parameters.clear()
+    norms = torch.linalg.vector_norm(stack.detach(), dim=-1)
+    reader.stack, reader.weight = (magnitude / norms).unsqueeze(-1) * stack, model[0].weight.detach()
+    return model, reader, x
+
+
+@pytest.mark.parametrize("name", ON_STACKS)
+def test_a_gain_of_rows_equals_the_dense_weight(name):
+    model, reader, x = gained(ON_STACKS[name])
     found, expected = model(x), reader(x)
     limits = name if name in LIMITS else "a cast" if "cast" in name else ""
     assert_equal(found, expected, limits)
     assert_equal(gradients(found, model, x), gradients(expected, model, x), limits)
     assert bool(peftlib.verify(model, x).materialized) == (name in WITHOUT_A_GAIN)
+
+
+def test_dropout_beside_a_gain_is_that_of_the_pair_alone():
+    models = [gained(lambda m, x: F.linear(x, m.stack[1]))[0] for _ in range(2)]
+    A, B, magnitude = peftlib.parameters(models[0])
+    peftlib.eject(models[1])
+    peftlib.inject(models[1], "0", peftlib.LoRA, param="stack", rank=2, alpha=3.0, dropout=0.4)
+    with torch.no_grad():
+        for p, other in zip(peftlib.parameters(models[1]), (A, B), strict=True):
+            p.copy_(other)
+    (_, _, dora), *_ = peftlib.adapters(models[0])
+    dora.dropout = 0.4
+    x, results = torch.randn(TOKENS, IN, dtype=torch.float64), []
+    for model in models:
+        torch.manual_seed(4)
+        results.append(model.train()(x))
+    norms = torch.linalg.vector_norm(models[0][0].stack + 1.5 * B @ A, dim=-1)
+    assert_equal(results[0], results[1] * (magnitude / norms)[1])
+    assert (results[0] - models[0].eval()(x)).abs().max() > 0.1
 
 
 # The table of them in the docs
@@ -514,12 +536,55 @@ class Product(torch.autograd.Function):
         return grad_outputs[0] @ weight, grad_outputs[0].t() @ x
 
 
+class Products(torch.autograd.Function):
+    """The same with each matrix of a stack."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stack: Tensor) -> Tensor:
+        ctx.save_for_backward(x, stack)
+        return x @ stack.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        x, stack = ctx.saved_tensors
+        return (grad_outputs[0] @ stack).sum(0), grad_outputs[0].transpose(1, 2) @ x
+
+
 def test_the_gradient_of_a_function_of_someone_else_reaches_the_factors():
     model, x = case(lambda m, x: Product.apply(x, m.weight))
     reader, _ = dense(model)
     found, expected = model(x), reader(x)
     assert_equal(found, expected)
     assert_equal(gradients(found, model, x), gradients(expected, model, x))
+
+
+@pytest.mark.parametrize("frozen", [(), ("magnitude",), ("lora_A",), ("lora_A", "lora_B")], ids=str)
+def test_the_gradient_of_a_function_of_someone_else_reaches_the_gain_and_the_factors(frozen):
+    model, reader, x = gained(lambda m, x: Products.apply(x, m.stack))
+    found, expected = model(x), reader(x)
+    assert_equal(found, expected)
+    trained = [p for name, p in model.named_parameters() if "adapters" in name and not name.endswith(frozen or "none")]
+    given = torch.randn_like(found)
+    expected = torch.autograd.grad(expected, [*trained, x], given)
+    for p in model.parameters():
+        p.requires_grad_(any(p is each for each in trained))
+    assert_equal(torch.autograd.grad(model(x), [*trained, x], given), expected)
+
+
+def test_a_base_that_trains_beside_a_gain_gets_its_gradient_through_it():
+    """Past torch's functions and by them alike."""
+    model, _, x = gained(lambda m, x: x @ m.stack[1].mT + Products.apply(x, m.stack)[1])
+    model[0].stack.requires_grad_()
+    norms = torch.linalg.vector_norm(model[0].stack.detach() + 1.5 * torch.matmul(*parts_of(model)), dim=-1)
+    gain = (list(peftlib.parameters(model))[2] / norms)[1].detach()
+    (found,) = torch.autograd.grad(model(x).sum(), [model[0].stack])
+    assert_equal(found[1], 2 * gain.unsqueeze(-1) * x.detach().sum(0))
+    assert not found[0].count_nonzero()
+
+
+def parts_of(model: Any) -> tuple[Tensor, Tensor]:
+    A, B, _ = (p.detach() for p in peftlib.parameters(model))
+    return B, A
 
 
 def test_a_part_in_a_function_of_someone_else_is_refused_while_it_trains():
@@ -552,6 +617,20 @@ def test_other_adapters_around_it_read_the_changed_weight():
     assert all(p.grad.abs().max() > 0 for p in peftlib.parameters(model))
     with peftlib.merged(model):
         assert_equal(live, model(x))
+
+
+def test_an_adapter_around_a_gain_gets_its_whole_and_is_named():
+    model, reader, x = gained(lambda m, x: torch.einsum("ti,eoi->teo", x, m.stack))
+    peftlib.inject(model, "0", peftlib.LoRA, param="stack", rank=2, name="more", alpha=3.0)
+    peftlib.activate(model, "default", "more")
+    assert_equal(model(x), reader(x))
+    moved(model)
+    live = model(x)
+    live.sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in peftlib.parameters(model))
+    with peftlib.merged(model):
+        assert_equal(live, model(x))
+    assert any("LoRA" in line for line in peftlib.verify(model, x).materialized)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
