@@ -59,6 +59,7 @@ class DoRA(LoRA):
 
     magnitude: nn.Parameter
     lazy = (Stack,)
+    drops_apart = False
     axes: Mapping[str, tuple[int | None, int | None]] = {**LoRA.axes, "magnitude": (0, None)}
 
     def __init__(
@@ -144,7 +145,6 @@ class DoRA(LoRA):
         is_whole_effect = isinstance(of_one, float) and of_one == 1.0
         if is_whole_effect and not is_compiling() and not isinstance(weight_of(host, self.param), LazyWeight):
             return super().fold_for_call(host)
-        self._require_no_dropout(host)
         return self.fold(host)
 
     def _row_gain(self, host: nn.Module) -> Tensor:

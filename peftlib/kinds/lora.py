@@ -76,7 +76,8 @@ class LoRA(Adapter):
 
     initial_A: Tensor
     initial_B: Tensor
-    lazy: Sequence[type[Form]] = LAYOUTS  # beside which this kind makes W + s B A of W, and at most a gain of each row
+    lazy: Sequence[type[Form]] = LAYOUTS  # of the weights beside which this kind's change may stand apart
+    drops_apart = True  # whether dropout may then act on whatever is multiplied with them
     axes: Mapping[str, tuple[int | None, int | None]] = {
         "lora_A": (None, 1),
         "initial_A": (None, 1),
@@ -106,9 +107,7 @@ class LoRA(Adapter):
         self.kernel = None if init == "pissa" else _kernel_of(host, self.term)
         if self.term is None:
             require_overridable(host, param)
-        if dropout and (
-            self.form.looks_up or (self.term is None and not (self.form in self.lazy and shows_input(host)))
-        ):
+        if dropout and (self.form.looks_up or (self.term is None and not (self.drops_apart and shows_input(host)))):
             raise AdapterError(
                 f"dropout={dropout}: {type(host).__name__}.{param} has no input of its own to drop from. "
                 "Use dropout=0 here."

@@ -279,25 +279,6 @@ def test_a_gain_of_rows_equals_the_dense_weight(name):
     assert bool(peftlib.verify(model, x).materialized) == (name in WITHOUT_A_GAIN)
 
 
-def test_dropout_beside_a_gain_is_that_of_the_pair_alone():
-    models = [gained(lambda m, x: F.linear(x, m.stack[1]))[0] for _ in range(2)]
-    A, B, magnitude = peftlib.parameters(models[0])
-    peftlib.eject(models[1])
-    peftlib.inject(models[1], "0", peftlib.LoRA, param="stack", rank=2, alpha=3.0, dropout=0.4)
-    with torch.no_grad():
-        for p, other in zip(peftlib.parameters(models[1]), (A, B), strict=True):
-            p.copy_(other)
-    (_, _, dora), *_ = peftlib.adapters(models[0])
-    dora.dropout = 0.4
-    x, results = torch.randn(TOKENS, IN, dtype=torch.float64), []
-    for model in models:
-        torch.manual_seed(4)
-        results.append(model.train()(x))
-    norms = torch.linalg.vector_norm(models[0][0].stack + 1.5 * B @ A, dim=-1)
-    assert_equal(results[0], results[1] * (magnitude / norms)[1])
-    assert (results[0] - models[0].eval()(x)).abs().max() > 0.1
-
-
 # The table of them in the docs
 
 
