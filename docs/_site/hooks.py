@@ -53,7 +53,7 @@ def benchmarks() -> str:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = _OPTIONS.sub(lambda found: plain_pages.options(found[1]), _LABELLED.sub("```python", markdown))
     _written[page.file.src_uri] = page.title, plain_pages.expanded(markdown)
-    if page.file.src_uri in ("matrix.md", "benchmarks.md"):
+    if page.file.src_uri in ("matrix.md", "benchmarks.md", "field.md"):
         markdown = tables.collapsed(markdown)
     return _DRAWING.sub(lambda found: f'<div class="drawing">{all_drawings[found[1]].inline()}</div>', markdown)
 

@@ -13,6 +13,6 @@ def collapsed(markdown: str) -> str:
 
 def _section(text: str) -> str:
     title, _, body = text.partition("\n")
-    rows = len(re.findall(r"^\| [^|]", body, re.MULTILINE))
+    rows = len(re.findall(r"^(\| [^|]|- )", body, re.MULTILINE))
     indented = "\n".join(f"    {line}".rstrip() for line in body.strip().splitlines())
     return f"??? table \"{title} <span class='count'>{rows}</span>\"\n\n{indented}\n"

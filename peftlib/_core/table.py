@@ -10,7 +10,8 @@ from typing import TypeVar
 
 H = TypeVar("H", bound=Hashable)
 
-_STYLE = "text-align:left;white-space:nowrap;padding:0 1em 0 0"
+_STYLE = "text-align:left;padding:0 1em 0 0"
+_WHOLE = ";white-space:nowrap"  # of the name in front
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -35,6 +36,7 @@ def html_lines(*lines: str) -> str:
 
 def _html_cells(tag: str, row: Sequence[object], numeric: Sequence[bool]) -> str:
     styles = [_STYLE.replace("left", "right") if right else _STYLE for right in numeric]
+    styles[0] += _WHOLE
     return "".join(
         f'<{tag} style="{style}">{escape(_cell(value))}</{tag}>' for value, style in zip(row, styles, strict=True)
     )
