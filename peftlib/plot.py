@@ -43,10 +43,10 @@ def delta_norms(numbers: Mapping[str, float], *, ax: "Axes | None" = None) -> "A
     lines: dict[str, list[tuple[int, float]]] = {}
     for (layer, label), value in _over_layers(_by_module(numbers, "delta_ratio")):
         lines.setdefault(label, []).append((layer, value))
-    ax = _axes(ax)
+    axes = _axes(ax)
     for label, points in lines.items():
-        ax.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
-    return _labelled(ax, "layer", "‖ΔW‖ / ‖W‖", len(lines))
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=label)
+    return _labelled(axes, "layer", "‖ΔW‖ / ‖W‖", len(lines))
 
 
 def spectrum(
@@ -80,12 +80,12 @@ def spectrum(
             f"spectrum: {absent[0] if absent else 'the model'} has no change of a weight. It has "
             f"{', '.join([*found][:4]) or 'none'}. Name those that can be merged."
         )
-    ax = _axes(ax)
+    axes = _axes(ax)
     for place in shown:
         values: list[float] = found[place].tolist()
-        ax.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=place)
-    ax.set_yscale("log", nonpositive="mask")
-    return _labelled(ax, "singular value", "of ΔW", len(shown))
+        axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=place)
+    axes.set_yscale("log", nonpositive="mask")
+    return _labelled(axes, "singular value", "of ΔW", len(shown))
 
 
 def schedule(unfreezing: "GradualUnfreezing | Plan", *, ax: "Axes | None" = None) -> "Axes":
@@ -107,13 +107,13 @@ def schedule(unfreezing: "GradualUnfreezing | Plan", *, ax: "Axes | None" = None
     starts = list(plan.counts or range(len(plan.stages)))
     end = starts[-1] + max(1, round(starts[-1] / max(1, len(starts) - 1)))
     spans = [*zip(starts, [*starts[1:], end], strict=True)]
-    ax = _axes(ax)
+    axes = _axes(ax)
     for row in range(len(plan.groups)):
         trains = [(start, stop - start) for (start, stop), on in zip(spans, plan.stages, strict=True) if row in on]
-        ax.broken_barh(trains, (row - 0.4, 0.8))
-    ax.set_yticks(range(len(plan.groups)), [group.name for group in plan.groups])
-    ax.set_title(plan.title)
-    return _labelled(ax, "step" if plan.counts else "stage", "", 0)
+        axes.broken_barh(trains, (row - 0.4, 0.8))
+    axes.set_yticks(range(len(plan.groups)), [group.name for group in plan.groups])
+    axes.set_title(plan.title)
+    return _labelled(axes, "step" if plan.counts else "stage", "", 0)
 
 
 def memory(model: nn.Module, *, ax: "Axes | None" = None) -> "Axes":
@@ -141,16 +141,16 @@ def memory(model: nn.Module, *, ax: "Axes | None" = None) -> "Axes":
         "gradients": (trained, base),
         "Adam's moments": (2 * trained, 2 * base),
     }
-    ax, left = _axes(ax), [0.0, 0.0]
+    axes, left = _axes(ax), [0.0, 0.0]
     for label, amounts in parts.items():
         wide = [amount / 1e6 for amount in amounts]
-        ax.barh([0, 1], wide, left=list(left), label=label)
+        axes.barh([0, 1], wide, left=list(left), label=label)
         left = [start + width for start, width in zip(left, wide, strict=True)]
     for row, total in enumerate(left):
-        ax.annotate(f" {size(total * 1e6)}", (total, row), va="center")
-    ax.set_yticks([0, 1], ["as it is", "if all of it trained"])
-    ax.margins(x=0.2)
-    return _labelled(ax, "MB, without activations", "", len(parts))
+        axes.annotate(f" {size(total * 1e6)}", (total, row), va="center")
+    axes.set_yticks([0, 1], ["as it is", "if all of it trained"])
+    axes.margins(x=0.2)
+    return _labelled(axes, "MB, without activations", "", len(parts))
 
 
 def monitor(
@@ -191,12 +191,12 @@ def monitor(
     if not keys:
         known = ", ".join(dict.fromkeys(key.rsplit("/", 1)[-1] for key in history[-1]))
         raise AdapterError(f"plot.monitor: no {number!r} by {by} in the last call. There are {known}.")
-    ax = _axes(ax)
+    axes = _axes(ax)
     for key in keys:
         x = range(len(history)) if steps is None else steps
         points = [(at, numbers[key]) for at, numbers in zip(x, history, strict=True) if key in numbers]
-        ax.plot(*zip(*points, strict=True), label=key.rsplit("/", 1)[0])
-    return _labelled(ax, "call" if steps is None else "step", number.replace("_", " "), len(keys))
+        axes.plot(*zip(*points, strict=True), label=key.rsplit("/", 1)[0])
+    return _labelled(axes, "call" if steps is None else "step", number.replace("_", " "), len(keys))
 
 
 def compare(results: Mapping[str, tuple[float, float]], *, ax: "Axes | None" = None) -> "Axes":
@@ -219,13 +219,13 @@ def compare(results: Mapping[str, tuple[float, float]], *, ax: "Axes | None" = N
     if small or not results:
         found = f"{small[0]} has no parameter" if small else "there is no result"
         raise AdapterError(f"compare: {found}. Pass for each name (parameters, accuracy), with at least 1 parameter.")
-    ax = _axes(ax)
+    axes = _axes(ax)
     for name, (parameters, accuracy) in results.items():
-        ax.plot([parameters], [accuracy], "o", label=name)
-        ax.annotate(name, (parameters, accuracy), xytext=(5, 4), textcoords="offset points")
-    ax.set_xscale("log")
-    ax.margins(x=0.25)
-    return _labelled(ax, "trained parameters", "accuracy", 0)
+        axes.plot([parameters], [accuracy], "o", label=name)
+        axes.annotate(name, (parameters, accuracy), xytext=(5, 4), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.margins(x=0.25)
+    return _labelled(axes, "trained parameters", "accuracy", 0)
 
 
 def _axes(ax: "Axes | None") -> Any:

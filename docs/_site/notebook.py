@@ -1,6 +1,7 @@
 """The notebook of the site: run anew with `python docs/_site/notebook.py`, and shown as a page with its outputs."""
 
 import base64
+import importlib
 import json
 import re
 from pathlib import Path
@@ -34,9 +35,7 @@ def _shown(output: dict[str, Any], pictures: dict[str, bytes]) -> str:
 
 def run_again(path: Path, folder: Path) -> dict[str, Any]:
     """The notebook with the outputs of a run in this folder, and nothing of the machine."""
-    import nbclient
-    import nbformat
-
+    nbclient, nbformat = map(importlib.import_module, ("nbclient", "nbformat"))  # of the extra `ecosystem`
     notebook: Any = nbformat.read(path, 4)
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     notebook["metadata"] = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}

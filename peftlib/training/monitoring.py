@@ -165,13 +165,16 @@ def _seen_last(one: _Measured) -> list[Tensor]:
 def _squares(tensors: Sequence[Tensor | None]) -> list[Any]:
     """The sum of squares of each, in float32 or wider; None for what is not there."""
     found: list[Any] = [None] * len(tensors)
-    there = [(at, t.to(torch.promote_types(t.dtype, torch.float32))) for at, t in enumerate(tensors) if t is not None]
-    for device in {t.device for _, t in there}:
-        here = [(at, t) for at, t in there if t.device == device]
-        norms = torch._foreach_norm([t for _, t in here])
-        for (at, _), norm in zip(here, torch.stack([_precise(norm) for norm in norms]).tolist(), strict=True):
+    there = [(at, _precise(_norm_of(t))) for at, t in enumerate(tensors) if t is not None]
+    for device in {norm.device for _, norm in there}:
+        here = [(at, norm) for at, norm in there if norm.device == device]
+        for (at, _), norm in zip(here, torch.stack([norm for _, norm in here]).tolist(), strict=True):
             found[at] = norm * norm
     return found
+
+
+def _norm_of(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _measure_factors(measured: list[_Measured]) -> None:
@@ -272,8 +275,7 @@ def _norm(weight: Tensor) -> float:
     version = (0 if weight.is_inference() else weight._version, weight.data_ptr())
     known = _norms.get(weight)
     if known is None or known.version != version:
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        known = _norms[weight] = _Norm(version, float(_whole(torch.linalg.vector_norm(weight, dtype=wide))))
+        known = _norms[weight] = _Norm(version, float(_whole(_norm_of(weight))))
     return known.value
 
 
