@@ -62,7 +62,7 @@ FILES = {
         "_lazy_layers _lazy_scaled",
         "_lazy_hosts",
         "_low_rank _probe",
-        "_features",
+        "_features _row_parameters",
         "lora full bottleneck ia3 prompt prefix",
         "dora",
     ],

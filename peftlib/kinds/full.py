@@ -12,6 +12,7 @@ from .._core.host import is_host
 from .._core.override import owner_of, weight_of
 from .._core.quantized import not_real_as
 from .._errors import AdapterError
+from ._row_parameters import full_rows
 
 _OWN = "own"
 
@@ -83,6 +84,11 @@ class Full(Adapter):
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
         """The copies, under every name by which the host knows them."""
         return {alias: self._value(host, path) for path, aliases in self.aliases.items() for alias in aliases}
+
+    @classmethod
+    def together(cls, host: nn.Module, groups: Any, adapters: Any) -> Any:
+        plain = all(type(one) is Full for own in adapters for one in own)
+        return full_rows(host, groups, adapters) if plain and groups.dim == 0 else None
 
     def _value(self, host: nn.Module, path: str) -> Tensor:
         copy = weight_of(self.own, path)

@@ -12,6 +12,7 @@ from .._core.host import base_type
 from .._errors import AdapterError
 from ._features import features_of
 from ._low_rank import low_rank_branch_of, require_overridable
+from ._row_parameters import FactorRows
 from ._weight_layout import is_transposed_linear
 
 _SIDES = ("output", "input")
@@ -100,6 +101,11 @@ class IA3(Adapter):
 
     def follows_call(self, host: nn.Module) -> bool:
         return self.calls and self.on == "output"
+
+    @classmethod
+    def together(cls, host: nn.Module, groups: Any, adapters: Any) -> Any:
+        plain = all(type(one) is IA3 and one.follows_call(host) for own in adapters for one in own)
+        return FactorRows(host, groups, adapters) if plain and groups.dim == 0 else None
 
     def _scaled(self, x: Tensor, factor: Tensor) -> Tensor:
         """In the dtype of x, rounded once. Autograd keeps x and the factor, no product."""
