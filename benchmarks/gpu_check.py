@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TESTS = Path(__file__).resolve().parent.parent / "tests" / "kernels" / "test_kernels_triton.py"
+TESTS = Path(__file__).resolve().parent.parent / "tests" / "kernels"
+FILES = ("test_kernels_triton.py", "test_kernels_grouped.py")
+ADAPTERS = 8
 
 
 class Problem(NamedTuple):
@@ -33,13 +35,23 @@ class Problem(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of the table: what was timed beside what, both in µs, and the memory time of the bytes it must move."""
+    """One line of the table: what was timed beside what, both in µs, and the bytes that it must move."""
 
     name: str
     ours: float
     beside: str
     theirs: float
     bytes: int
+
+
+class Trial(NamedTuple):
+    """One line before it is timed; `elements` are those that must pass through memory."""
+
+    name: str
+    ours: Callable
+    beside: str
+    theirs: Callable
+    elements: int
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,11 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(refusal, file=sys.stderr)
         return 2
     device = "cpu" if given["interpret"] else "cuda"
-    if device == "cuda" and subprocess.run([sys.executable, "-m", "pytest", "-q", str(TESTS)], check=False).returncode:
+    tests = [sys.executable, "-m", "pytest", "-q", *(str(TESTS / name) for name in FILES)]
+    if device == "cuda" and subprocess.run(tests, check=False).returncode:
         print("A kernel is wrong on this device, so nothing is timed.", file=sys.stderr)
         return 1
     problem = Problem(given["tokens"], given["in"], given["out"], given["rank"], device, torch.bfloat16)
-    print(table(problem, rows(problem, given["repeats"])))
+    print(heading(problem))
+    for question, trials in QUESTIONS.items():
+        print(f"\n{question}")
+        for trial in trials(problem):
+            print(line(timed(trial, given["repeats"], problem)), flush=True)
     return 0
 
 
@@ -74,32 +91,29 @@ def _refusal(interpret: bool) -> str | None:
     return None
 
 
-def rows(problem: Problem, repeats: int) -> list[Row]:
-    """Times each op beside what PyTorch would do in its place."""
-    from peftlib.kernels import lora_linear, philox
+def _normal(problem: Problem, *shape: int) -> Tensor:
+    return torch.randn(shape, device=problem.device, dtype=problem.dtype)
+
+
+def of_the_base(problem: Problem) -> list[Trial]:
+    """What the order of operations rests on: a GEMM that accumulates should cost what one that overwrites costs."""
+    M, K, N = problem[:3]
+    x, W, out = _normal(problem, M, K), _normal(problem, N, K), _normal(problem, M, N)
+    return [
+        Trial(
+            "GEMM, beta 1", lambda: out.addmm_(x, W.t()), "GEMM, beta 0", lambda: torch.mm(x, W.t(), out=out), M * N
+        )
+    ]  # fmt: skip
+
+
+def of_the_kernels(problem: Problem) -> list[Trial]:
+    """Each kernel beside what PyTorch does in its place."""
+    from peftlib.kernels import philox
     from peftlib.kernels.lora import triton as kernels
 
-    M, K, N, rank, device, dtype = problem
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    x, dY, h, out = normal(M, K), normal(M, N), normal(M, rank), normal(M, N)
-    A, B, W = normal(rank, K), normal(N, rank), normal(N, K)
-    seed = philox.new_seed(x.device)
-
-    def row(name: str, ours: Callable, beside: str, theirs: Callable, elements: int) -> Row:
-        mine, other = _times((ours, theirs), repeats, device)
-        return Row(name, mine, beside, other, elements * dtype.itemsize)
-
-    x_in, A_in, B_in = (tensor.clone().requires_grad_() for tensor in (x, A, B))
-
-    def step(p: float) -> None:  # forward and backward, as a training step
-        y = lora_linear(x_in, W, None, A_in, B_in, 0.5, p, training=True)
-        torch.autograd.grad(y, (x_in, A_in, B_in), dY)
-
-    def frozen_step() -> None:
-        torch.autograd.grad(F.linear(x_in, W), x_in, dY)
+    M, K, N, rank, *_ = problem
+    x, dY, h = _normal(problem, M, K), _normal(problem, M, N), _normal(problem, M, rank)
+    A, B, seed = _normal(problem, rank, K), _normal(problem, N, rank), philox.new_seed(x.device)
 
     def backward_x_in_pytorch() -> None:
         keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(0.9)
@@ -107,27 +121,143 @@ def rows(problem: Problem, repeats: int) -> list[Row]:
         torch.mm(h.t(), x * keep)
 
     return [
-        row("GEMM, beta 1", lambda: out.addmm_(x, W.t()), "GEMM, beta 0", lambda: torch.mm(x, W.t(), out=out), M * N),
-        row("shrink, p = 0", lambda: kernels.shrink(x, A, 0.5, 0.0, None), "x Aᵀ", lambda: x @ A.t(), M * K),
-        row(
+        Trial("shrink, p = 0", lambda: kernels.shrink(x, A, 0.5, 0.0, None), "x Aᵀ", lambda: x @ A.t(), M * K),
+        Trial(
             "shrink, p = 0.1", lambda: kernels.shrink(x, A, 0.5, 0.1, seed),
             "dropout, x Aᵀ", lambda: F.dropout(x, 0.1) @ A.t(), M * K,
         ),
-        row(
+        Trial(
             "backward_x, p = 0.1", lambda: kernels.backward_x(x, h, A, 0.1, seed),
             "mask, g A, gᵀ x̂", backward_x_in_pytorch, 2 * M * K,
         ),
-        row(
-            "backward_y", lambda: kernels.backward_y(dY, B, h, 0.5),
-            "two GEMMs", lambda: (dY @ B, dY.t() @ h), M * N,
-        ),
-        row(
+        Trial(
             "expand", lambda: kernels.expand(dY, h, B, 0.5, None),
             "addmm", lambda: torch.addmm(dY, h, B.t(), alpha=0.5), 2 * M * N,
         ),
-        row("step, p = 0", lambda: step(0.0), "frozen linear", frozen_step, 2 * M * K + M * N),
-        row("step, p = 0.1", lambda: step(0.1), "frozen linear", frozen_step, 2 * M * K + M * N),
     ]  # fmt: skip
+
+
+def of_one_read(problem: Problem) -> list[Trial]:
+    """From which rank on the partial sums of `backward_y` cost more than a second read of dY."""
+    from peftlib.kernels.lora import triton as kernels
+
+    M, _, N, *_ = problem
+    trials, dY = [], _normal(problem, M, N)
+    for rank in (8, 16, 32, 64):
+        B, h = _normal(problem, N, rank), _normal(problem, M, rank)
+        trials.append(
+            Trial(
+                f"backward_y, rank {rank}", lambda B=B, h=h: kernels.backward_y(dY, B, h, 0.5),
+                "two GEMMs", lambda B=B, h=h: (dY @ B, dY.t() @ h), M * N,
+            )
+        )  # fmt: skip
+    return trials
+
+
+def of_a_shared_input(problem: Problem) -> list[Trial]:
+    """Whether q, k and v should share one shrink: one read of x, and one draw of its mask, in place of three."""
+    from peftlib.kernels import philox
+    from peftlib.kernels.lora import triton as kernels
+
+    M, K, _, rank, *_ = problem
+    x, A = _normal(problem, M, K), [_normal(problem, rank, K) for _ in range(3)]
+    together, seed = torch.cat(A), philox.new_seed(x.device)
+
+    def trial(p: float) -> Trial:
+        return Trial(
+            f"one shrink, p = {p:g}", lambda: kernels.shrink(x, together, 0.5, p, seed),
+            "three shrinks", lambda: [kernels.shrink(x, one, 0.5, p, seed) for one in A], M * K,
+        )  # fmt: skip
+
+    return [trial(0.0), trial(0.1)]
+
+
+def of_many_adapters(problem: Problem) -> list[Trial]:
+    """What more adapters in one batch cost: beside one adapter on all rows, and beside one after another."""
+    from peftlib.kernels import Segments, lora_linear, lora_linear_rows
+
+    def trials(tokens: int, trains: bool) -> list[Trial]:
+        _, K, N, rank, device, dtype = problem
+        own = max(1, tokens // ADAPTERS)
+        x, W = _normal(problem, ADAPTERS, own, K).requires_grad_(trains), _normal(problem, N, K)
+        pairs = [(_normal(problem, rank, K), _normal(problem, N, rank)) for _ in range(ADAPTERS)]
+        factors = [factor.requires_grad_(trains) for pair in pairs for factor in pair]
+        segments, dY = (
+            Segments((1,) * ADAPTERS, (0.5,) * ADAPTERS),
+            torch.ones(ADAPTERS, own, N, device=device, dtype=dtype),
+        )
+
+        def done(y: Tensor, given: Tensor) -> None:
+            if trains:
+                torch.autograd.grad(y, [x, *factors], given, allow_unused=True)
+
+        def apart() -> None:
+            for at, pair in enumerate(pairs):
+                done(lora_linear(x[at], W, None, *pair, 0.5), dY[at])
+
+        def routed() -> None:
+            done(lora_linear_rows(x, W, None, pairs, segments), dY)
+
+        name, elements = f"{ADAPTERS} adapters, {'step' if trains else 'use'}", ADAPTERS * own * (2 * K + N)
+        return [
+            Trial(name, routed, "one adapter", lambda: done(lora_linear(x, W, None, *pairs[0], 0.5), dY), elements),
+            Trial(name, routed, "one by one", apart, elements),
+        ]
+
+    return [*trials(problem.M, True), *trials(ADAPTERS, False)]
+
+
+def of_a_step(problem: Problem) -> list[Trial]:
+    """What is left of the overhead in a whole layer, its launches and casts among it."""
+    from peftlib.kernels import lora_linear
+
+    _, K, N, rank, device, _ = problem
+
+    def trial(M: int, p: float) -> Trial:
+        x, dY, W = _normal(problem, M, K).requires_grad_(), _normal(problem, M, N), _normal(problem, N, K)
+        A, B = (torch.randn(size, device=device).requires_grad_() for size in ((rank, K), (N, rank)))
+
+        def step() -> None:  # forward and backward, as a training step
+            y = lora_linear(x, W, None, A, B, 0.5, p, training=True)
+            torch.autograd.grad(y, (x, A, B), dY)
+
+        def frozen_step() -> None:
+            torch.autograd.grad(F.linear(x, W), x, dY)
+
+        return Trial(f"step of {M}, p = {p:g}", step, "frozen linear", frozen_step, 2 * M * K + M * N)
+
+    few = max(1, problem.M // 64)
+    return [trial(tokens, p) for tokens in (problem.M, few) for p in (0.0, 0.1)]
+
+
+def of_the_bottleneck(problem: Problem) -> list[Trial]:
+    """Whether its forward pass in one launch is worth a kernel."""
+    from peftlib.kernels import bottleneck
+
+    M, K, *_ = problem
+    width, x = 64, _normal(problem, M, K)
+    own = (_normal(problem, width, K), _normal(problem, width), _normal(problem, K, width), _normal(problem, K))
+
+    def in_pytorch() -> None:
+        F.linear(F.gelu(F.linear(x, *own[:2])), *own[2:]).add_(x)
+
+    return [Trial("bottleneck", lambda: bottleneck(x, *own, residual=x), "four calls", in_pytorch, 2 * M * K)]
+
+
+QUESTIONS: dict[str, Callable[[Problem], list[Trial]]] = {
+    "Does a GEMM that accumulates cost more than one that overwrites?": of_the_base,
+    "Which kernels are worth their launch?": of_the_kernels,
+    "Up to which rank is one read of dY the cheaper?": of_one_read,
+    "Should projections that share x share a shrink?": of_a_shared_input,
+    "What do more adapters in one batch cost?": of_many_adapters,
+    "Is the bottleneck worth a kernel?": of_the_bottleneck,
+    "What does a layer cost above the frozen one?": of_a_step,
+}
+
+
+def timed(trial: Trial, repeats: int, problem: Problem) -> Row:
+    ours, theirs = _times((trial.ours, trial.theirs), repeats, problem.device)
+    return Row(trial.name, ours, trial.beside, theirs, trial.elements * problem.dtype.itemsize)
 
 
 def _times(functions: Sequence[Callable], repeats: int, device: str) -> list[float]:
@@ -156,19 +286,22 @@ def _time(function: Callable, device: str) -> float:
     return start.elapsed_time(end) * 1e3
 
 
-def table(problem: Problem, timed: list[Row]) -> str:
-    """The rows as text, under the device's name."""
+def heading(problem: Problem) -> str:
+    """The device, the versions, the problem, and the names of the columns."""
     on_gpu = problem.device == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else "CPU, in the interpreter: these times mean nothing"
-    lines = [
-        f"{name}; torch {torch.__version__}, triton {version('triton')}",
-        f"{problem.M} tokens, {problem.K} -> {problem.N}, rank {problem.rank}, {problem.dtype}; medians in µs",
-        f"{'':20} {'µs':>9} {'GB/s':>7}   {'beside':16} {'µs':>9} {'ratio':>6}",
-    ]
-    for row in timed:
-        rate, ratio = row.bytes / row.ours / 1e3, row.ours / row.theirs
-        lines.append(f"{row.name:20} {row.ours:9.1f} {rate:7.0f}   {row.beside:16} {row.theirs:9.1f} {ratio:6.2f}")
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"{name}; torch {torch.__version__}, triton {version('triton')}",
+            f"{problem.M} tokens, {problem.K} -> {problem.N}, rank {problem.rank}, {problem.dtype}; medians in µs",
+            f"{'':22} {'µs':>9} {'GB/s':>7}   {'beside':16} {'µs':>9} {'ratio':>6}",
+        ]
+    )
+
+
+def line(row: Row) -> str:
+    rate, ratio = row.bytes / row.ours / 1e3, row.ours / row.theirs
+    return f"{row.name:22} {row.ours:9.1f} {rate:7.0f}   {row.beside:16} {row.theirs:9.1f} {ratio:6.2f}"
 
 
 if __name__ == "__main__":

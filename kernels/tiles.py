@@ -156,14 +156,14 @@ def grouped_shrink(
     if dropout:
         above, warps, stages = _dropout_shrink(capability)[0 if rank <= 16 else 1 if rank <= 32 else 2]
         columns, warps = SUPER_BLOCK, max(1, warps * rows // above)
-        if rank > 32 and capability in ((9, 0), (10, 0)):  # with half the warps 62 and 114 bytes spill
-            warps, stages = 2 * warps, 2 if capability == (9, 0) else 1
+        if rank > 16 and capability in ((9, 0), (10, 0)):  # with half the warps 50 to 114 bytes spill
+            warps, stages = 2 * warps, 1 if rank > 32 and capability == (10, 0) else stages
     return Tile(rows, columns, warps, stages, _splits(blocks_of_rows, blocks(K, columns), 1, capability))
 
 
 def grouped_expand(rows: int) -> Tile:
-    """As `expand`."""
-    return Tile(rows, 128, 4, 1)
+    """As `expand`; of 16 rows 4 warps spill 12 bytes at rank 32 on sm_90."""
+    return Tile(rows, 128, 2 if rows < 32 else 4, 1)
 
 
 def grouped_backward_y(rank: int, rows: int, capability: tuple[int, int]) -> Tile:
