@@ -6,6 +6,7 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .._errors import AdapterError
@@ -129,6 +130,9 @@ def _uses(module: nn.Module, path: Path, depth: int) -> Iterator[tuple[nn.Module
 
 
 def _has_tensor(module: nn.Module, name: str) -> bool:
+    buffer = module._buffers.get(name)
+    if buffer is not None:  # positions and masks are read as they are, whatever adapters there do
+        return buffer.dtype not in (torch.int64, torch.bool)
     return name in module._parameters or name in module._buffers or is_computed(module, name)
 
 

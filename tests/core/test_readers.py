@@ -401,6 +401,24 @@ def test_copies_of_a_whole_module_reach_who_reads_inside_it(params):
         assert_close(model(x), live)
 
 
+class Positioned(nn.Module):
+    """Calls its embeddings, and reads the positions that they keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embeddings: Any = nn.Linear(WIDTH, WIDTH)
+        self.embeddings.register_buffer("positions", torch.arange(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embeddings(x)[..., self.embeddings.positions.flip(0)]
+
+
+def test_positions_that_are_read_are_no_weight_that_an_adapter_would_change():
+    model = nn.Sequential(Positioned())
+    assert peftlib.inject(model, "0.embeddings", Bottleneck, width=2) == ["0.embeddings"]
+    assert peftlib.verify(model, torch.randn(2, WIDTH)).problems == ()
+
+
 def test_a_kind_around_a_whole_module_stays_there():
     model, _ = made(Block)
     assert peftlib.inject(model, "part", Bottleneck, width=2, dim=WIDTH) == ["part"]

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ Record = dict[str, Any]
 _INTRODUCTION = """# On models that nobody here wrote
 
 `make field` builds every architecture of transformers from a tiny configuration, every family of timm on small images,
-and a shelf of hand-written nets; it puts each adapter type into all modules that it may be for (two of each that are
+and a shelf of hand-written nets; it puts each adapter type into all modules that it may be for (one of those that are
 alike), and holds it to laws that need no knowledge of the model:
 
 - unchanged at the start, in eval and in train mode, to the bit (but for Prefix and Prompt)
@@ -30,6 +30,39 @@ alike), and holds it to laws that need no knowledge of the model:
 A sample runs with the tests (`tests/field/test_field.py`). A run that was stopped goes on where it was; `--retry` runs
 once more what was wrong or not built.
 """
+
+# What a refusal says, in order, and what it is about.
+_REFUSALS = [
+    ("which would change too", "The weight is tied to another module's: merging would change both"),
+    ("computed from other parameters|a hook computes|a hook divides", "The weight is computed from others"),
+    ("its weights are not its own|rescale", "The base changes its own weights"),
+    ("no attention call was seen", "No attention of a known form is called inside: eager, linear, deformable"),
+    ("how many key and value heads|do not fit .* heads|takes 'sinks'", "An attention of other shapes or arguments"),
+    ("how many features it gives", "The size of the hidden states cannot be inferred"),
+    ("beside hidden states of shape", "What is read and what is returned have other shapes than the hidden states"),
+    ("no hidden states|none of these is a floating-point", "The module returns no hidden states"),
+    ("larger than min", "The rank is larger than the matrix"),
+    ("does not know which", "It is not known which weight gives which feature"),
+    ("reads the weights? of its child|reads this child's weight", "The parent reads this weight without a call"),
+    ("and the tokens|for each token", "The model has inputs or outputs of the sequence's length that cannot grow"),
+    ("which its input embeddings are|an encoder and a decoder", "Not clear which embeddings are the input's"),
+    ("is never called", "A container, which is never called"),
+    ("torch.complex", "The weight is complex"),
+]  # fmt: skip
+
+# Likewise, of what could not be built.
+_BARS = [
+    ("requires the timm library|backbone is not set", "needs timm"),
+    ("requires the .* library|not installed|install", "needs another library"),
+    (
+        "million parameters|too many parameters",
+        "no small configuration was found: too many parameters",
+    ),
+    ("more than .* seconds|status", "the process met its limit of time or memory"),
+    ("no input is known under a name|missing .* required|have to specify|should be", "its inputs could not be found"),
+    ("two runs from|not finite|holds no", "its output is random, not finite or no tensor"),
+    ("Class validation|ValueError", "its configuration refuses the small sizes"),
+]
 
 
 def records(path: Path) -> list[Record]:
@@ -54,17 +87,21 @@ def summary(found: list[Record]) -> str:
 
 
 def page(path: Path) -> str:
-    """The whole page, in Markdown."""
+    """The whole page, in Markdown; lists stand in blocks that are opened by a click."""
     found = records(path)
-    built = [record for record in found if record["kind"]]
+    built, unbuilt = [record for record in found if record["kind"]], [r for r in found if "unbuilt" in r]
+    versions = ", ".join(sorted({record.get("torch", torch.__version__) for record in found}))
     lines = [
         _INTRODUCTION,
-        f"Run with torch {torch.__version__}, transformers {transformers.__version__}: "
-        f"{len({r['name'] for r in built})} architectures built, "
-        f"{len({r['name'] for r in found if 'unbuilt' in r})} not.", "",
-        *_kinds(built), *_wrong(found), *_refused(built), *_unbuilt(found), *_built(built),
+        f"Run with torch {versions} and transformers {transformers.__version__}: "
+        f"{len({r['name'] for r in built})} architectures built, {len({r['name'] for r in unbuilt})} not.", "",
+        *_kinds(built), *_wrong(found), *_refused(built), *_unbuilt(unbuilt), *_built(built),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _closed(title: str, lines: list[str]) -> list[str]:
+    return [f'??? note "{title}"', "", *(f"    {line}".rstrip() for line in lines), ""]
 
 
 def _kinds(built: list[Record]) -> list[str]:
@@ -100,28 +137,44 @@ def _wrong(found: list[Record]) -> list[str]:
 
 
 def _refused(built: list[Record]) -> list[str]:
-    counts: Counter[tuple[str, str]] = Counter()
-    example: dict[tuple[str, str], str] = {}
+    """A row for each reason, the most frequent first."""
+    groups: dict[str, list[tuple[Record, str]]] = defaultdict(list)
     for record in built:
         law_refusals = [said for said in record["laws"].values() if said.startswith("refused")]
         for said in [*record["refused"].values(), *law_refusals, *filter(None, [record["merge"]])]:
-            key = record["kind"], _shape_of(said)
-            counts[key] += 1
-            example.setdefault(key, f"{record['name']}: {said}")
-    lines = ["## Refused, and why", "", "| adapter type | times | for example |", "|---|---|---|"]
-    rows = [f"| {kind} | {count} | {_cell(example[kind, said])} |" for (kind, said), count in counts.most_common()]
-    return [*lines, *rows, ""]
+            groups[_reason(said, _REFUSALS) or _shape_of(said)].append((record, said))
+    lines = ["| why | times | adapter types | for example |", "|---|---|---|---|"]
+    for why, cases in sorted(groups.items(), key=lambda item: -len(item[1])):
+        record, said = min(cases, key=lambda case: len(case[1]))
+        kinds = _listed(case["kind"] for case, _ in cases)
+        lines.append(f"| {_cell(why)} | {len(cases)} | {kinds} | {record['name']}: {_cell(said)} |")
+    times = sum(map(len, groups.values()))
+    return ["## Refused, and why", "", *_closed(f"{times} refusals, {len(groups)} reasons", lines)]
 
 
-def _unbuilt(found: list[Record]) -> list[str]:
-    rows = [f"| {r['name']} | {_cell(r['unbuilt'])} |" for r in found if "unbuilt" in r]
-    timm = [] if any(r["name"].startswith("timm/") for r in found) else ["| timm | not installed, or not importable |"]
-    return ["## Not built, and why", "", "| architecture | why |", "|---|---|", *rows, *timm, ""]
+def _unbuilt(unbuilt: list[Record]) -> list[str]:
+    """A row for each reason, and the architectures."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in unbuilt:
+        groups[_reason(record["unbuilt"], _BARS) or "no inputs or sizes were found with which it runs"].append(record)
+    lines = ["| why | how many | architectures | for example |", "|---|---|---|---|"]
+    for why, own in sorted(groups.items(), key=lambda item: -len(item[1])):
+        names = ", ".join(sorted(record["name"] for record in own))
+        lines.append(f"| {_cell(why)} | {len(own)} | {names} | {_cell(own[0]['unbuilt'])} |")
+    return ["## Not built, and why", "", *_closed(f"{len(unbuilt)} architectures, {len(groups)} reasons", lines)]
+
+
+def _reason(said: str, classes: list[tuple[str, str]]) -> str | None:
+    return next((why for pattern, why in classes if re.search(pattern, said)), None)
 
 
 def _built(built: list[Record]) -> list[str]:
-    recipes = {record["name"]: record["recipe"] for record in built}
-    return ["## Built, and how", "", ", ".join(f"{name} ({recipe})" for name, recipe in sorted(recipes.items())), ""]
+    recipes: dict[str, set[str]] = defaultdict(set)
+    for record in built:
+        recipes[record["recipe"].partition(", ")[0]].add(record["name"])
+    lines = ["| how | architectures |", "|---|---|"]
+    lines += [f"| {recipe} | {', '.join(sorted(names))} |" for recipe, names in sorted(recipes.items())]
+    return ["## Built, and how", "", *_closed(f"{sum(map(len, recipes.values()))} architectures", lines)]
 
 
 def _shape_of(said: str) -> str:
