@@ -14,7 +14,7 @@ help:
 	@echo 'make test       the suite; make test-all runs the slow tests too'
 	@echo 'make matrix     docs/matrix.md: every kind with every library, from the tests; half an hour'
 	@echo '                TESTS=... writes the sections of those tests alone'
-	@echo 'make field      docs/field.md: every law on every architecture of transformers and timm; hours, and it resumes'
+	@echo 'make field      docs/field.md: every law on every architecture of transformers and timm; an hour, and it resumes'
 	@echo 'make coverage   the suite, and the lines and branches that it misses; fails under 97 %'
 	@echo 'make mutate     mutants of the sources, one by one, that no test notices; most of an hour'
 	@echo 'make lint       ruff, pyright, pydoclint'
@@ -44,7 +44,7 @@ matrix: .venv/.with-test .venv/.with-demo .venv/.with-ecosystem
 	PYTHONPATH=tests $(PYTEST) -n 2 -p tools.matrix -m feature --matrix docs/matrix.md $(TESTS)
 
 field: .venv/.with-test
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/field/run.py --cache .field --table docs/field.md
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/field/run.py --workers 2 --cache .field --table docs/field.md
 
 coverage: .venv/.with-test .venv/.with-docs
 	$(PYTEST) -n 2 -m 'not slow' --cov --cov-report=term --cov-report=json:.coverage.json
