@@ -233,14 +233,15 @@ def _grams(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     """LᵀL and R Rᵀ [matrices, rank, rank]: the singular values of L R are in them."""
     left, right = (_precise(_whole(factor)) for factor in (L, R))
     rank = left.shape[-1]
-    return (left.mT @ left).reshape(-1, rank, rank), (right @ right.mT).reshape(-1, rank, rank)
+    own, other = left.transpose(-2, -1) @ left, right @ right.transpose(-2, -1)
+    return own.reshape(-1, rank, rank), other.reshape(-1, rank, rank)
 
 
 def _spectrum(left: Tensor, right: Tensor) -> Tensor:
     """The square roots of the eigenvalues of √G R Rᵀ √G, for G = LᵀL; each [..., rank], the largest first."""
     values, vectors = torch.linalg.eigh(left)
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # G = root rootᵀ
-    return torch.linalg.eigvalsh(root.mT @ right @ root).clamp_min(0).sqrt().flip(-1)
+    return torch.linalg.eigvalsh(root.transpose(-2, -1) @ right @ root).clamp_min(0).sqrt().flip(-1)
 
 
 def _total(own: list[_Measured]) -> dict[str, float]:
