@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftlib
 from peftlib import IA3, Bottleneck, DoRA, Full, LoRA, Prompt
+from support import quantised
 from support.helpers import Gain, chain, moved, network, snapshot
+from support.hosts import HOSTS as EVERY_HOST
 from support.refusals import refused
 
 HOSTS = {
@@ -214,6 +216,33 @@ def test_a_weight_that_is_written_to_is_measured_again():
     with torch.no_grad():
         model[0].weight *= 2
     assert peftlib.monitor(model)["default/0/delta_ratio"] == pytest.approx(ratio / 2, rel=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [LoRA, DoRA, IA3, Full], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("host", EVERY_HOST, ids=lambda host: host.name)
+def test_on_every_host_the_norm_is_that_of_what_merging_changes(host, kind):
+    model, config = host.model(torch.float64), {"rank": 2, **host.lora} if issubclass(kind, LoRA) else {}
+    try:
+        peftlib.inject(model, host.target, kind, **config)
+        after = dict(peftlib.merged_state_dict(moved(model)))
+    except peftlib.AdapterError:
+        return  # of this type, or of merging, on such a host: their own tests say which
+    state = {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if key in after}
+    once = {id(tensor): key for key, tensor in state.items() if tensor.is_floating_point()}
+    squares = [float((after[key] - state[key].detach()).square().sum()) for key in once.values()]
+    assert peftlib.monitor(model)["default/delta_norm"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-9)
+
+
+@pytest.mark.parametrize("base", ["torchao int8 weight-only", "bitsandbytes 4-bit FP4"])
+def test_beside_a_quantized_weight_there_is_no_ratio(base):
+    model = quantised.chain()
+    model[0] = quantised.BY_NAME[base].pack(model[0])
+    peftlib.inject(model, "0", LoRA, rank=2)
+    numbers = peftlib.monitor(moved(model))
+    assert numbers["default/0/delta_norm"] > 0
+    assert numbers["default/0/stable_rank"] > 0
+    assert not any("ratio" in key for key in numbers)
 
 
 class Largest(TorchDispatchMode):
