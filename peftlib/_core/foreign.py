@@ -1,6 +1,7 @@
-"""What torch and other libraries do around a module: fast paths around children, hooks of accelerate."""
+"""What torch and other libraries do around a module, under names that change: fast paths, caches, attention, hooks."""
 
 import contextlib
+import inspect
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -89,6 +90,28 @@ def _asked(cache: Any, method: str) -> Any:
         return getattr(cache, method)()
     except (AttributeError, ValueError):
         return 0
+
+
+# Under which name a config of transformers keeps the attention that was chosen, and which names the forward of an
+# attention reads from its own file: the registry, and how its own eager function ends.
+ATTENTION = "_attn_implementation"
+_REGISTRY, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+
+
+def attention_of(module: nn.Module) -> str | None:
+    """The name of the attention that a module of transformers is to compute with."""
+    name = getattr(getattr(module, "config", None), ATTENTION, None)
+    return name if isinstance(name, str) else None
+
+
+def attention_registry(cls: Any) -> tuple[Any, Any]:
+    """The registry, and the eager function, that the forward of this class takes its attention from; or None twice."""
+    forward = inspect.unwrap(cls.forward)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    eager = next((name for name in names if name.endswith(_EAGER)), "")
+    if _REGISTRY not in names or not eager:
+        return None, None
+    return forward.__globals__[_REGISTRY], forward.__globals__[eager]
 
 
 def fast_paths_around(modules: Iterable[nn.Module], adapted: set[int]) -> list[nn.Module]:

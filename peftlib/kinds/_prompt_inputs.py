@@ -68,7 +68,7 @@ def _cut(name: str, item: Any, whole: int | None, length: int, tokens: int) -> A
         return tuple(state[:, -tokens:] for state in item)
     if name == "attentions":
         return tuple(attention_weights[..., -tokens:, length:] for attention_weights in item)
-    if name == "past_key_values" or not isinstance(item, Tensor) or item.dim() == 0:
+    if not isinstance(item, Tensor) or item.dim() == 0:  # a cache, under whatever name
         return item
     if name in ("logits", "last_hidden_state") and item.dim() == 3 and whole in (None, item.shape[1]):
         return item[:, -tokens:]

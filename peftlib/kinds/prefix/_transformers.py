@@ -1,13 +1,13 @@
 """Keys and values in front inside an attention that a transformers model takes from its registry of functions."""
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..._core.foreign import ATTENTION, attention_of, attention_registry
 from ..._core.host import base_type
 from ..._core.override import overridden
 from ..._errors import AdapterError
@@ -31,7 +31,7 @@ class _Config:
 
     def __init__(self, config: Any, front: Front) -> None:
         self.given, self.front = config, front
-        self._attn_implementation = _Name(config._attn_implementation)
+        setattr(self, ATTENTION, _Name(getattr(config, ATTENTION)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.given, name)
@@ -39,28 +39,22 @@ class _Config:
 
 def uses_registry(host: nn.Module) -> bool:
     """Whether the host's attention can only be met in the registry: what calls torch's own function is met there."""
-    name = getattr(getattr(host, "config", None), "_attn_implementation", None)
-    meant = isinstance(name, str) and (name in ("eager", "flex_attention") or "flash" in name)
+    name = attention_of(host) or ""
+    meant = name in ("eager", "flex_attention") or "flash" in name
     return meant and _registry_of(host)[0] is not None
 
 
 def _registry_of(host: nn.Module) -> tuple[Any, Any]:
-    """The registry and the eager function that the host's forward reads from its own file."""
-    cls: Any = base_type(type(host))
-    forward = inspect.unwrap(cls.forward)
-    names = getattr(getattr(forward, "__code__", None), "co_names", ())
-    eager = next((name for name in names if name.endswith("eager_attention_forward")), "")
-    if "ALL_ATTENTION_FUNCTIONS" not in names or not eager:
-        return None, None
-    return forward.__globals__["ALL_ATTENTION_FUNCTIONS"], forward.__globals__[eager]
+    return attention_registry(base_type(type(host)))
 
 
 @contextlib.contextmanager
 def registered(host: Any, front: Front) -> Iterator[None]:
     registry, _ = _registry_of(host)
     config: Any = _Config(host.config, front)
-    if config._attn_implementation not in registry:
-        registry.register(config._attn_implementation, _attend)
+    name = getattr(config, ATTENTION)
+    if name not in registry:
+        registry.register(name, _attend)
     with overridden(host, {"config": config}):
         yield
 
@@ -75,13 +69,14 @@ def _attend(
     front.meet()
     with overridden(module, {"config": config.given}):
         registry, eager = _registry_of(module)
-        function = registry.get_interface(config.given._attn_implementation, eager)
+        name = attention_of(module) or ""
+        function = registry.get_interface(name, eager)
         if front.gate is not None:
             y, attention_weights = function(module, query, key, value, attention_mask, *args, **kwargs)
             scale = kwargs.get("scaling", getattr(module, "scaling", None))
             return y + front.term(query, scale).transpose(1, 2), attention_weights
         _require_understood(front, kwargs)
-        if "flash" in config.given._attn_implementation:
+        if "flash" in name:
             kwargs = _flash_keywords(front, function, query, key, attention_mask, kwargs)
         attention_mask, padding = _mask_in_front(front, attention_mask, key.shape[-2])
         if kwargs.get("position_bias") is not None:
