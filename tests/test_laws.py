@@ -911,7 +911,7 @@ _FORWARD_MODE = ("linear", "conv", "transposed", "embedding", "hf-conv1d", "laye
 _RESCALED = ("embedding-padding", "embedding-frequency")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own rules use its own scripting
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # torch's own rules; FutureWarning since torch 2.14
 @table([(kind, host) for kind, host in MAIN if host.name.startswith(_FORWARD_MODE) and host.name not in _RESCALED])
 def test_forward_mode_is_the_transpose_of_backward_mode(kind, host):
     """For the weights of the base too, as if they trained."""
@@ -967,7 +967,7 @@ def test_a_root_that_is_adapted_itself_is_refused_by_fx_and_serves_inside_anothe
 _TRACED = ("linear", "conv2d", "transposed2d-grouped", "embedding", "experts")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")  # torch would rather have torch.export
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")  # torch would rather have torch.export
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of checks that hold for every size
 @table([(kind, host) for kind, host in MAIN if host.name in _TRACED])
 def test_traced_by_jit_it_serves_other_sizes(kind, host):
@@ -1065,7 +1065,7 @@ def test_compiled_gradients_are_equal(kind, host, fresh_dynamo):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # Inductor's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # Inductor's own
 @pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if kind.name in ("lora", "full", "bottleneck")], ids=lambda kind: kind.name
 )

@@ -522,7 +522,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # transformers compiles parts of itself in an old way when it first quantises.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @feature("transformers, from_pretrained: bitsandbytes 4-bit and 8-bit, torchao int8")
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @every_kind

@@ -305,7 +305,7 @@ def test_a_live_model_exports_and_comes_back_from_its_file(column):
     assert close(dynamic.module()(tokens(5, 9)), model(tokens(5, 9)))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")  # torch would rather have torch.export
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")  # torch would rather have torch.export
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of checks that hold for every size
 @feature("torch.jit.trace of an unmerged model, called with other sizes")
 @every_kind

@@ -132,8 +132,10 @@ def run(environment: Environment, cache: Path, options: argparse.Namespace) -> N
         print(f"{name}: no Python {environment['python']} here", flush=True)
         return
     result = result_of(environment, cache) or {"parts": {}}
-    left = {key: part for key, part in parts_of(environment).items() if key not in result["parts"]}
-    for key, part in left.items():
+    done = {key for key, counts in result["parts"].items() if not (options.retry and counts["failures"])}
+    for key, part in parts_of(environment).items():
+        if key in done:
+            continue
         python = made(environment, cache / name)
         result["versions"] = versions(python)
         counts = tested(python, part, cache / name, options.workers, options.thin)
@@ -219,6 +221,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=ROOT / ".versions", help="delete it to start again")
     parser.add_argument("--workers", type=int, default=2, help="of pytest-xdist; 0 for none")
     parser.add_argument("--thin", type=int, default=1, help="run this many times fewer tests")
+    parser.add_argument("--retry", action="store_true", help="once more the parts in which something failed")
     parser.add_argument("--keep", action="store_true", help="the environments too")
     parser.add_argument("--list", action="store_true", help="the names as JSON, and nothing else")
     parser.add_argument("--table", type=Path, help="write the page here")
