@@ -1,6 +1,7 @@
 """An adapter under another name: renamed where it is, or copied beside itself."""
 
 from copy import deepcopy
+from typing import Any
 
 from torch import nn
 
@@ -83,7 +84,7 @@ def require_new(model: nn.Module, new: str, old: tuple[str, ...], doing: str) ->
 
 
 def _rename_on(host: nn.Module, old: str, new: str) -> None:
-    children = adapters_of(host)._modules
+    children: Any = adapters_of(host)._modules
     before = [*children.items()]
     children.clear()
     for key, adapter in before:

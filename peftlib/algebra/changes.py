@@ -76,11 +76,7 @@ def changes_of(model: nn.Module, name: str, doing: str) -> Iterator[Change]:
     """Weight after weight. Factors are read as they are, so that the base may be quantized or tied; whatever else a
     type makes of a weight is what `merge` would make of it, refusals included."""
     for host_name, _, adapter in adapters(model, name):
-        if not can_be_merged(adapter):
-            raise AdapterError(
-                f'{doing}: "{name}" holds a {type(adapter).__name__} on {host_name or "the root"}, which has no merged '
-                "weight. Name an adapter of other types."
-            )
+        _require_values(adapter, f'{doing}: "{name}" on {host_name or "the root"}')
     factored = _factored(model, name)
     for host_name, host in hosts(model):
         if id(host) in factored:
@@ -91,6 +87,17 @@ def changes_of(model: nn.Module, name: str, doing: str) -> Iterator[Change]:
         for item in items:
             path = item.name.removeprefix(names[id(host)]).lstrip(".")
             yield Change(Site(names[id(host)], host, path), None, item.value - item.base)
+
+
+def _require_values(adapter: Adapter, where: str) -> None:
+    if not can_be_merged(adapter):
+        raise AdapterError(f"{where} is a {type(adapter).__name__}, which has no merged weight. Name another adapter.")
+    for key, tensor in adapter.state_dict().items():
+        if tensor.is_meta or hasattr(tensor, "device_mesh"):
+            found = "on the meta device" if tensor.is_meta else "a shard"
+            raise AdapterError(f"{where}: {key} is {found}. Materialize or gather it first.")
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{where}: {key} holds NaN or infinity. Load a finite adapter, or eject this one.")
 
 
 def _factored(model: nn.Module, name: str) -> Container[int]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .._checks import require_whole_number
 from .._core.freeze import persistent_buffers
 from .._core.inject import require_changeable, require_name
+from .._core.quantized import quantized_as
 from .._core.readers import Readers
 from .._core.walk import base_modules, candidates, selections_of
 from .._errors import AdapterError
@@ -85,6 +86,7 @@ def _changes(model: nn.Module, keys: dict[str, list[int]], read: _Read) -> Itera
     _require_keys(tensors, keys)
     readers = Readers(candidates(model, aliases=True))
     for module_name, module, leaf, own, names in tensors:
+        _require_plain(module, leaf, own, names[0])
         found = read(next(key for key in names if key in keys)).detach().to(own.device)
         if not found.isfinite().all():
             raise AdapterError(f"extract: {names[0]} holds NaN or infinity. Extract from a finite checkpoint.")
@@ -93,6 +95,13 @@ def _changes(model: nn.Module, keys: dict[str, list[int]], read: _Read) -> Itera
         host_name, host, inner, *_ = readers.site(module_name, module)
         wide = own.double() if own.is_floating_point() else own
         yield Change(Site(host_name, host, f"{inner}.{leaf}".lstrip(".")), None, found.to(wide.dtype) - wide)
+
+
+def _require_plain(module: nn.Module, leaf: str, own: Tensor, name: str) -> None:
+    packed = quantized_as(module, leaf)
+    if own.is_meta or packed:
+        found = f"quantized ({packed})" if packed else "on the meta device"
+        raise AdapterError(f"extract: {name} is {found}. Extract on the base in full precision, and load that here.")
 
 
 _Named = tuple[str, nn.Module, str, Tensor, list[str]]

@@ -255,8 +255,8 @@ class LoRA(Adapter):
     def fold(self, host: nn.Module) -> dict[str, Tensor]:
         """The host's weight plus s B A, the product taken in float32 or wider."""
         weight, scale = weight_of(host, self.param), self._scale_in(host)
-        plain = self.init != "pissa" and type(weight) in (Tensor, nn.Parameter) and weight.dim() == 2
-        if self.form is Rows and plain and isinstance(scale, float):
+        plain = self.init != "pissa" and type(weight) in (Tensor, nn.Parameter)
+        if self.form is Rows and weight.dim() == 2 and plain and not isinstance(scale, Tensor):
             return {self.param: self._in_one_product(weight, scale)}
         return {
             self.param: weight

@@ -432,6 +432,17 @@ def test_a_routed_merged_or_viewed_model_is_refused():
     assert view is not None
 
 
+def test_an_adapter_without_values_or_with_infinite_ones_is_refused():
+    for method in ({}, {"method": "svd", "rank": 2}):
+        model = three()
+        with torch.no_grad():
+            model[0].adapters["b"].lora_A[0, 0] = torch.inf
+        with refused(model, "combine", '"b"', "0", "lora_A"):
+            peftlib.combine(model, WEIGHTS, name="d", **method)
+        with refused(three().to("meta"), "combine", "meta"):
+            peftlib.combine(three().to("meta"), WEIGHTS, name="d", **method)
+
+
 def test_a_failure_on_the_way_leaves_all_as_it_was():
     def make() -> Any:
         model = three(6)
