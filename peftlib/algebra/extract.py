@@ -98,7 +98,7 @@ def _changes(model: nn.Module, keys: dict[str, list[int]], read: _Read) -> Itera
 
 
 def _require_plain(module: nn.Module, leaf: str, own: Tensor, name: str) -> None:
-    packed = quantized_as(module, leaf)
+    packed = quantized_as(module, leaf) if leaf in module._parameters else None
     if own.is_meta or packed:
         found = f"quantized ({packed})" if packed else "on the meta device"
         raise AdapterError(f"extract: {name} is {found}. Extract on the base in full precision, and load that here.")
