@@ -139,6 +139,20 @@ def test_what_is_not_finite_in_one_row_or_one_adapter_reaches_no_other():
     assert counter.frame_count == 1
 
 
+def test_a_row_of_the_base_is_the_base_s_also_where_it_is_infinite():
+    model = three()[0]
+    compiled, _ = counted(model)
+    bad = x()
+    bad[2, 0, 1] = torch.inf
+    with peftlib.route(model, ASSIGNMENTS[0]):
+        found = compiled(bad)
+    with peftlib.activate(model):
+        expected = model(bad[2:3])
+    assert expected.isinf().any()
+    assert not expected.isnan().any()
+    torch.testing.assert_close(found[2:3], expected, rtol=0, atol=1e-12)
+
+
 def test_dropout_of_one_probability_acts_on_the_adapters_rows_alone():
     model = three(dropout=0.5).train()
     compiled, _ = counted(model)
