@@ -16,7 +16,7 @@ from .._errors import AdapterError
 from ..files.parts import install_parts
 from ..kinds.lora import LoRA
 from .changes import Change, changes_of
-from .methods import dropped_and_rescaled, summed, trimmed_and_elected
+from .methods import Term, dropped_and_rescaled, summed, trimmed_and_elected
 from .result import parts_of
 
 _METHODS: dict[str, tuple[str, ...]] = {  # what each must be given, and may be
@@ -25,7 +25,6 @@ _METHODS: dict[str, tuple[str, ...]] = {  # what each must be given, and may be
     "ties": ("density!", "rank"),
     "dare": ("density!", "rank", "seed"),
 }
-_Weighted = list[tuple[str, float, Change]]
 
 
 def combine(
@@ -85,12 +84,12 @@ def combine(
     if not choice.names:
         raise AdapterError("combine: no adapter has a weight other than 0. Name one of the model's with a weight.")
     own = choice.weights or {}
-    by_weight: dict[Any, _Weighted] = {}
+    by_weight: dict[Any, list[Term]] = {}
     for each in choice.names:
         weight = own[each].item() if each in own else 1.0
         for change in changes_of(model, each, "combine"):
-            by_weight.setdefault(change.site.key, []).append((each, weight, change))
-    made = (_combined(items, method, density, seed) for items in by_weight.values())
+            by_weight.setdefault(change.site.key, []).append(Term(each, weight, change))
+    made = (_combined(terms, method, density, seed) for terms in by_weight.values())
     return _put_in(model, made, rank, name, "combine")
 
 
@@ -126,13 +125,12 @@ def convert(model: nn.Module, old: str, kind: type[Adapter], *, rank: int, name:
     return combine(model, {old: 1.0}, name=name, method="svd", rank=rank)
 
 
-def _combined(items: _Weighted, method: str, density: float | None, seed: int | None) -> Change:
-    changes = [(weight, change) for _, weight, change in items]
+def _combined(terms: list[Term], method: str, density: float | None, seed: int | None) -> Change:
     if method == "ties" and density is not None:
-        return trimmed_and_elected(changes, density)
+        return trimmed_and_elected(terms, density)
     if method == "dare" and density is not None:
-        return dropped_and_rescaled(changes, [name for name, _, _ in items], density, seed)
-    return summed(changes)
+        return dropped_and_rescaled(terms, density, seed)
+    return summed(terms)
 
 
 def _put_in(model: nn.Module, made: Any, rank: int | None, name: str, doing: str) -> dict[str, float]:

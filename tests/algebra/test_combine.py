@@ -226,6 +226,14 @@ def test_ties_is_that_of_the_paper(weights, density):
     assert low["0.weight"] == pytest.approx(measured.item(), rel=1e-9)
 
 
+def test_of_the_smallest_density_one_element_is_kept():
+    model = three()
+    peftlib.combine(model, {"a": 1.0}, name="d", method="ties", density=1e-9)
+    found, own = changed(model, "d")["0.weight"], of_one(model[0].adapters["a"])
+    assert found.count_nonzero() == 1
+    torch.testing.assert_close(found.abs().max(), own.abs().max(), rtol=1e-12, atol=0)
+
+
 def test_ties_of_equal_weights_is_that_of_hf_peft_on_dense_changes():
     from peft.utils.merge_utils import ties
 
