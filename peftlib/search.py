@@ -153,7 +153,7 @@ def _resumed(study: optuna.Study, trials: Trials, suggest: Suggest, owner: str) 
         suggest(asked[name], name)
     if state["trials"]:
         trials.load_state_dict(state)
-    for name in asked.keys() - state["trials"].keys():
+    for name in [name for name in asked if name not in state["trials"]]:
         suggest(asked[name], name)
     return asked
 
