@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 from pathlib import Path
-from typing import Any
 
 import demo
 import optuna
@@ -37,9 +36,10 @@ class Search:
         torch.manual_seed(options.seed)
         self.model = demo.Classifier(options.model, classes).train()
         self.trials = peftlib.Trials(self.model)
+        self.study = self.opened()
         self.bar = tqdm(total=options.trials, unit="trial", desc="search")
 
-    def study(self) -> optuna.Study:
+    def opened(self) -> optuna.Study:
         # Two processes share the study; one that starts with another seed suggests other values.
         sampler = optuna.samplers.TPESampler(seed=self.options.seed, n_startup_trials=12, constant_liar=True)
         steps = [self.options.steps // 4, self.options.steps // 2]
@@ -53,6 +53,7 @@ class Search:
         )
 
     def suggest(self, trial: optuna.Trial, name: str) -> None:
+        self.show()
         kind = trial.suggest_categorical("type", [*TYPES])
         rank = trial.suggest_categorical("rank", [2, 4, 8, 16])
         scale = trial.suggest_categorical("alpha / rank", [1, 2, 4])
@@ -94,7 +95,15 @@ class Search:
             for inputs, labels in self.watched:
                 for name, logits in trials(**inputs).items():
                     right[name].append((logits.argmax(1) == labels).double())
+        self.show()
         return {name: torch.cat(found).mean().item() for name, found in right.items()}
+
+    def show(self) -> None:
+        """Moves the bar to what the study knows."""
+        self.bar.n = sum(trial.state.is_finished() for trial in self.study.get_trials(deepcopy=False))
+        with contextlib.suppress(ValueError):  # no trial is complete yet
+            self.bar.set_description(f"search, best {self.study.best_value:.1%}")
+        self.bar.refresh()
 
     def finish(self, trials: peftlib.Trials, name: str) -> None:
         peftlib.save(self.model, self.file(name), name)
@@ -109,14 +118,13 @@ def padded(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
 
 def main(options: argparse.Namespace) -> None:
     search = Search(options)
-    study = search.study()
-    show(search, study)
+    study = search.study
     peftlib.search.run(
         study,
         search.trials,
         search.suggest,
         search.train,
-        lambda trials: show(search, study, search.evaluate(trials)),
+        search.evaluate,
         count=options.trials,
         steps=options.steps,
         every=options.steps // 4,
@@ -124,31 +132,23 @@ def main(options: argparse.Namespace) -> None:
         path=f"{options.name}.{options.process}.state",
         finish=search.finish,
     )
-    show(search, study)
+    search.show()
     search.bar.close()
     finished = [trial for trial in study.trials if trial.state.is_finished()]
     print(table(finished))
-    report_best(search, study)
+    report_best(search)
     draw(finished, importances(study, options.steps // 4), Path(f"{options.name}.png"))
     print(f"drawn      {options.name}.png")
 
 
-def show(search: Search, study: optuna.Study, values: Any = None) -> Any:
-    """Moves the bar to what the study knows."""
-    search.bar.n = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
-    with contextlib.suppress(ValueError):  # no trial is complete yet
-        search.bar.set_description(f"search, best {study.best_value:.1%}")
-    search.bar.refresh()
-    return values
-
-
-def report_best(search: Search, study: optuna.Study) -> None:
+def report_best(search: Search) -> None:
     """What the watched sentences chose, on those that no trial has seen."""
-    file = search.file(f"trial-{study.best_trial.number}")
+    number = search.study.best_trial.number
+    file = search.file(f"trial-{number}")
     fresh = demo.Classifier(search.options.model, search.model.head.out_features)
     peftlib.load(fresh, file)
     right = demo.hits(demo.predict(fresh, search.test), search.test)
-    print(f"\nbest       trial {study.best_trial.number}, {file}: {demo.percent(right)} of held-out sentences\n")
+    print(f"\nbest       trial {number}, {file}: {demo.percent(right)} of held-out sentences\n")
 
 
 def table(trials: list[FrozenTrial]) -> str:
