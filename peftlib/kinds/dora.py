@@ -31,9 +31,10 @@ class DoRA(LoRA):
     of the paper proposes; it is computed from W, A and B at each call and kept nowhere, so whatever changes W, it is
     right. A row of zeros has no norm to divide by: there m/‖V‖ counts as 1.
 
-    Where LoRA has a low-rank call (Linear, ConvNd, ConvTransposeNd, Embedding, EmbeddingBag), no matrix of W's size is
-    made, in training either; every other host runs with the folded weight. Dropout acts on the input of A alone, as in
-    LoRA: the paper's code drops the input of W as well, and multiplies by W twice for it.
+    Where LoRA has a low-rank call (Linear, ConvNd, ConvTransposeNd, Embedding, EmbeddingBag), and beside stacks of
+    experts, no matrix of W's size is made, in training either; every other host runs with the folded weight. Dropout
+    acts on the input of A alone, as in LoRA: the paper's code drops the input of W as well, and multiplies by W twice
+    for it.
 
     Args:
         host: the module to adapt, from `inject`; its weight is floating point.
