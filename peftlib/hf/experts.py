@@ -39,7 +39,7 @@ class Experts(NamedTuple):
     model_type: str | None
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return self.stack.shape[0]
 
     @property
@@ -55,8 +55,8 @@ class Experts(NamedTuple):
         return (name.replace(_PARENT, _OLD_PARENT) if self.model_type in _HAVE_OLD_PARENT else name)[:-1]
 
     def old_parts(self) -> list[str]:
-        short = _SHORT if self.model_type in _SAY_SHORT else {}
-        return [short.get(part, part) for part in _PARTS[self.leaf]]
+        parts = _PARTS[self.leaf]
+        return [_SHORT[part] for part in parts] if self.model_type in _SAY_SHORT else list(parts)
 
 
 Read = tuple[Site, Tensor, Tensor]
@@ -84,7 +84,7 @@ def with_names_of_today(config: Config, names: Mapping[str, str]) -> Config:
 
 def read_experts(modules: Modules, config: Config, tensors: FileTensors, layout: str | None) -> Iterator[Read]:
     """The pairs of the stacks whose keys are in the file, each in the layout that these keys say, as peft's."""
-    chosen = [layout] if layout in _READERS else [] if layout else list(_READERS)
+    chosen = [each for each in _READERS if layout in (None, each)]
     found = [(each, *hit) for each in chosen for hit in _found(modules, tensors, each)]
     if layout in _READERS and not found:
         raise AdapterError(f"{tensors.where}: no key of experts is in layout={layout!r}. Leave layout out.")
@@ -199,7 +199,7 @@ Found = tuple[list[str], Factors]
 
 def _read_each(experts: Experts, config: Config, tensors: FileTensors) -> Found:
     parts = _parts_in(tensors, f"{PREFIX}{experts.name}.0.{{}}.lora_A.weight", experts.leaf)
-    names = [f"{experts.name}.{expert}.{part}" for part in parts for expert in range(experts.count)]
+    names = [f"{experts.name}.{expert}.{part}" for part in parts for expert in range(experts.number)]
     rank, _ = _rank_and_alpha(config, [tensors.own_name(name) for name in names])
     inputs, out = experts.sides
     A, B = (
@@ -231,8 +231,8 @@ def _together(A: Tensor, B: Tensor, parts: int) -> Factors:
 def _read_grouped(experts: Experts, config: Config, tensors: FileTensors) -> Found:
     inputs, out = experts.sides
     rank, stem = config["r"], f"{PREFIX}{experts.name}.lora_{_AUTOMODEL[experts.leaf]}"
-    A = tensors.take(f"{stem}_A", (experts.count, inputs, rank))
-    B = tensors.take(f"{stem}_B", (experts.count, rank, out))
+    A = tensors.take(f"{stem}_A", (experts.number, inputs, rank))
+    B = tensors.take(f"{stem}_B", (experts.number, rank, out))
     return [experts.name], (rearrange(A, "e i r -> e r i").contiguous(), rearrange(B, "e r o -> e o r").contiguous())
 
 
@@ -244,7 +244,9 @@ def _read_apart(experts: Experts, config: Config, tensors: FileTensors) -> Found
     rank, _ = _rank_and_alpha(config, [tensors.own_name(name) for name in names])
     inputs, out = experts.sides
     A, B = (
-        torch.cat([_shared(tensors, f"{PREFIX}{name}.lora_{factor}.weight", (experts.count, *sides)) for name in names])
+        torch.cat(
+            [_shared(tensors, f"{PREFIX}{name}.lora_{factor}.weight", (experts.number, *sides)) for name in names]
+        )
         for factor, sides in (("A", (rank, inputs)), ("B", (out // len(parts), rank)))
     )
     return names, _together(A, B, len(parts))
@@ -286,7 +288,7 @@ def _of_pair(pair: Pair) -> Experts:
 
 
 def _names_of_each(experts: Experts) -> list[str]:
-    return [f"{experts.old_name}.{expert}.{part}" for expert in range(experts.count) for part in experts.old_parts()]
+    return [f"{experts.old_name}.{expert}.{part}" for expert in range(experts.number) for part in experts.old_parts()]
 
 
 def _names_apart(experts: Experts) -> list[str]:
@@ -297,7 +299,7 @@ def _write_each(experts: Experts, A: Tensor, B: Tensor) -> Written:
     """Gate and up have both the same A, and each its rows of B."""
     tensors, parts = Written(), experts.old_parts()
     for part, rows in zip(parts, B.chunk(len(parts), 1), strict=True):
-        for expert in range(experts.count):
+        for expert in range(experts.number):
             stem = f"{PREFIX}{experts.old_name}.{expert}.{part}"
             tensors |= {f"{stem}.lora_A.weight": A[expert], f"{stem}.lora_B.weight": rows[expert]}
     return tensors

@@ -1,7 +1,7 @@
 """A lazy weight whose rows have a gain: what multiplies with it does so without, and the gain goes to the thin side."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,13 +65,13 @@ def _grouped(product: Any, mat_a: Any, mat_b: Any, offs: Any = None, **options: 
 
 
 @_scaled(Tensor.__getitem__)
-def _getitem(get: Any, weight: LazyWeight, index: Any) -> Any:
+def _getitem(get: Any, weight: Any, index: Any) -> Any:
     """Of the first dimension of a stack alone: what a tuple picks has rows of its own."""
     if weight.stack != 1 or not isinstance(index, (int, slice, list, Tensor)):
         return NotImplemented
-    part = get(weight.plain, index)
+    part, at = get(weight.plain, index), cast(Any, index)
     is_one = isinstance(part, LazyWeight) and not part.stack
-    return _with_gain(weight, part, lambda: _gains(weight)[int(index)] if is_one else weight.gain[index])
+    return _with_gain(weight, part, lambda: _gains(weight)[int(at)] if is_one else weight.gain[index])
 
 
 @_scaled(torch.unbind, Tensor.unbind)
@@ -81,7 +81,7 @@ def _unbind(_: Any, weight: LazyWeight, dim: int = 0) -> Any:
     return tuple(_getitem(Tensor.__getitem__, weight, index) for index in range(len(weight.base)))
 
 
-def _gains(weight: LazyWeight) -> Any:
+def _gains(weight: Any) -> Any:
     """Taken apart once, as the factors are."""
     if weight.experts is None:
         weight.experts = weight.gain.unbind(0)
@@ -99,8 +99,8 @@ def _turned(turn: Any, weight: LazyWeight, *dims: int) -> Any:
 
 
 @_scaled(Tensor.to, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.contiguous)
-def _cast(cast: Any, weight: LazyWeight, *args: Any, **options: Any) -> Any:
-    plain = cast(weight.plain, *args, **options)
+def _cast(to: Any, weight: LazyWeight, *args: Any, **options: Any) -> Any:
+    plain = to(weight.plain, *args, **options)
     return weight if plain is weight.plain else _with_gain(weight, plain, lambda: weight.gain)
 
 

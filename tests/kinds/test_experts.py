@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Int8Params, Params4bit
+from bitsandbytes.nn.modules import Int8Params, Params4bit
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
