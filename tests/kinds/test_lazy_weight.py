@@ -359,6 +359,57 @@ def test_a_function_without_a_rule_gets_the_whole_weight_and_is_named(name):
     assert all(line in str(verified) for line in verified.materialized)
 
 
+@pytest.mark.parametrize("name", ["a power", "joined weights", "a flat view", "an outer product"])
+def test_the_whole_weight_is_less_what_started_from_singular_vectors(name):
+    read, _ = WHOLE[name]
+    model = adapted(read)
+    peftlib.inject(model, "0", peftlib.LoRA, param=["stack", "weight"], rank=2, alpha=3.0, name="other", init="pissa")
+    peftlib.activate(moved(model), "default", "other")
+    x = torch.randn(TOKENS, IN, dtype=torch.float64, requires_grad=True)
+    reader, _ = dense(model)
+    found, expected = model(x), reader(x)
+    assert_equal(found, expected)
+    assert_equal(gradients(found, model, x), gradients(expected, model, x))
+
+
+def test_the_gradient_past_torch_s_functions_is_less_what_started_from_singular_vectors():
+    model = adapted(lambda m, x: Product.apply(x, m.weight))
+    peftlib.inject(model, "0", peftlib.LoRA, param="weight", rank=2, alpha=3.0, name="other", init="pissa")
+    peftlib.activate(moved(model), "default", "other")
+    x = torch.randn(TOKENS, IN, dtype=torch.float64, requires_grad=True)
+    reader, _ = dense(model)
+    found, expected = model(x), reader(x)
+    assert_equal(found, expected)
+    assert_equal(gradients(found, model, x), gradients(expected, model, x))
+
+
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+def test_the_whole_weight_is_made_in_full_precision_under_autocast_and_of_half_precision_factors(factors):
+    model = adapted(lambda m, x: m.weight * 2, torch.float32)
+    part: Any = next(part.to(factors) for _, _, part in peftlib.adapters(model) if part.param == "weight")
+    A, B = part.lora_A.detach().float(), part.lora_B.detach().float()
+    expected = 2 * (model[0].weight + 1.5 * B @ A)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(torch.ones(1))
+    assert found.dtype == torch.float32
+    assert (found - expected).abs().max() <= 1e-5
+
+
+def test_the_whole_kernel_of_a_convolution_is_made_over_all_its_taps():
+    class Doubled(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.conv2d(input, self.weight * 2, self.bias)
+
+    model: Any = nn.Sequential(Doubled(4, 6, (3, 2))).double()
+    plain, x = copy.deepcopy(model), torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    peftlib.inject(model, "0", peftlib.LoRA, rank=2, alpha=3.0)
+    A, B = peftlib.parameters(moved(model))
+    with torch.no_grad():
+        plain[0].weight += 1.5 * reference.rows(A, B, plain[0].weight)
+    assert_equal(model(x), plain(x))
+    assert "mul" in str(peftlib.verify(model, x).materialized)
+
+
 def facts(weight: Any) -> dict[str, Any]:
     """What a module may ask of a weight without reading a value."""
     return {
