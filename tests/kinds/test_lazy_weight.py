@@ -413,7 +413,7 @@ def test_the_whole_kernel_of_a_convolution_is_made_over_all_its_taps():
 def facts(weight: Any) -> dict[str, Any]:
     """What a module may ask of a weight without reading a value."""
     return {
-        "shape": tuple(weight.shape), "sizes": tuple(weight.size()), "rows": weight.size(-2), "length": len(weight),
+        "shape": tuple(weight.shape), "sizes": tuple(weight.size()), "rows": weight.size(dim=-2), "length": len(weight),
         "dimensions": (weight.dim(), weight.ndim), "elements": (weight.numel(), torch.numel(weight)),
         "strides": weight.stride(), "dtype": weight.dtype, "device": weight.device, "layout": weight.layout,
         "contiguous": weight.is_contiguous(), "floating": torch.is_floating_point(weight) and not weight.is_complex(),
@@ -649,6 +649,16 @@ def test_other_adapters_around_it_read_the_changed_weight():
     assert all(p.grad.abs().max() > 0 for p in peftlib.parameters(model))
     with peftlib.merged(model):
         assert_equal(live, model(x))
+
+
+def test_half_of_a_gain_s_effect_is_half_of_the_change():
+    model, reader, x = gained(lambda m, x: x @ m.stack[1].mT)
+    full = reader(x)
+    with peftlib.activate(model):
+        base = model(x)
+    peftlib.activate(model, {"default": 0.5})
+    assert_equal(model(x), (base + full) / 2)
+    assert_equal(gradients(model(x), model, x), gradients((base + full) / 2, model, x))
 
 
 def test_an_adapter_around_a_gain_gets_its_whole_and_is_named():
