@@ -43,7 +43,8 @@ def blocks_of(runs: Sequence[Run], adapters: int, rows: int, items: int, device:
         ]  # fmt: skip
         at += len(blocks)
     *parts, (adapted, _) = parts
-    return Blocks(*_on(device, table, dealt, parts), adapted, rows)
+    on_device = _on(device, table, dealt, parts)
+    return Blocks(on_device[0], on_device[1], on_device[2], adapted, rows)
 
 
 def _blocks_by_adapter(runs: Sequence[Run], adapters: int, rows: int) -> list[list[tuple[int, int, int, int]]]:

@@ -121,7 +121,7 @@ def _gathered(factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Te
     B = make(len(ranks), factors[1].shape[0], max(ranks), **options)
     places = [place for at, rank in enumerate(ranks) for place in (A[at, :rank], B[at, :, :rank])]
     with torch.no_grad():
-        torch._foreach_copy_(places, [factor.detach() for factor in factors])
+        torch.ops.aten._foreach_copy_(places, [factor.detach() for factor in factors])
     return A, B
 
 

@@ -28,11 +28,12 @@ from tools.triton.traffic import counted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_CPU = pytest.mark.skipif(DEVICE.type != "cpu", reason="looks into the interpreter")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow))
 OPS = ("grouped_shrink", "grouped_expand_", "grouped_backward_y", "grouped_backward_x")
 # Adapter and rows: one in several runs of several blocks, one without rows, one of a row, rows of none.
 RUNS = [(0, 20), (3, 3), (-1, 5), (1, 1), (0, 40), (-1, 1), (3, 18)]
 ADAPTERS, K, N, RANK = 4, 300, 150, 5
+DROPPED = (0.0, 0.25, 0.5, 0.1)  # of four pairs
 SCALES, DROPOUTS = (0.5, 2.0, 1.0, -1.0), (0.1, 0.0, 0.5, 0.75)
 
 
@@ -94,6 +95,7 @@ def expected(op: str, args: tuple, runs: Any = RUNS) -> list[tuple[Tensor, Tenso
     wide = [a.double() if isinstance(a, Tensor) else a for a in args]
     pair = [wide, [a.abs() if isinstance(a, Tensor) else a for a in wide]]
     found: list[list[Tensor]] = []
+    terms: list[int] = []
     for one in pair:
         if op == "grouped_expand_":
             y, h, B, _ = one
@@ -330,8 +332,17 @@ class Routed:
         return torch.stack(y), operands
 
 
-@pytest.mark.parametrize("dropouts", [None, (0.0, 0.25, 0.5, 0.1)], ids=["all", "dropout"])
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.mutants
+@pytest.mark.parametrize(
+    ("dropouts", "dtypes"),
+    [
+        (None, (torch.float32, torch.float32)),
+        (DROPPED, (torch.bfloat16, torch.float32)),
+        pytest.param(DROPPED, (torch.float32, torch.float32), marks=pytest.mark.slow),
+        pytest.param(None, (torch.bfloat16, torch.bfloat16), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_rows_of_many_pairs_run_on_the_kernels(dropouts, dtypes, monkeypatch):
     launched, launch = set(), kernels.launch
     monkeypatch.setattr(kernels, "launch", lambda k, *a, **o: (launched.add(k.fn.__name__), launch(k, *a, **o)))
@@ -349,7 +360,8 @@ def test_rows_of_many_pairs_run_on_the_kernels(dropouts, dtypes, monkeypatch):
         assert torch.equal(case.run(dropouts), found)
 
 
-@pytest.mark.parametrize("dropouts", [None, (0.0, 0.25, 0.5, 0.1)], ids=["all", "dropout"])
+@pytest.mark.mutants
+@pytest.mark.parametrize("dropouts", [pytest.param(None, marks=pytest.mark.slow), DROPPED], ids=["all", "dropout"])
 def test_only_what_needs_a_gradient_gets_one_and_a_second_derivative_is_right(dropouts):
     case = Routed()
     exact, operands = case.exact(dropouts)
@@ -447,6 +459,15 @@ def test_a_wrong_kernel_is_replaced_by_pytorch_with_a_warning(monkeypatch):
         found = case.run()
     exact, _ = case.exact(None)
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.mutants
+def test_rows_of_no_adapter_alone_are_the_layer_s():
+    x, weight = torch.randn(3, 20, 64, device=DEVICE, requires_grad=True), torch.randn(48, 64, device=DEVICE)
+    found = lora_linear_rows(x, weight, None, [], Segments((3,), (None,)))
+    assert torch.equal(found, nn.functional.linear(x, weight))
+    found.sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x))
 
 
 def test_one_adapter_s_rows_are_what_lora_linear_gives():

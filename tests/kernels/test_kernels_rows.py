@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from peftlib.kernels import Segments, lora_linear_rows
 
+pytestmark = pytest.mark.mutants
+
 # Rows and ranks of each segment, in the batch's order when sorted; rank 0 is a segment without a pair.
 SHAPES = {
     "alike": [(2, 3), (2, 3), (2, 3)],

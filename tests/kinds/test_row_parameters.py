@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 import peftlib
 from peftlib import IA3, Full
 
+pytestmark = pytest.mark.mutants
+
 ROWS: list[Any] = ["b", "a", None, "c", "a", "b", "b"]
 EVEN: list[Any] = ["c", "a", "b", "a", "c", "b"]
 CASES: dict[str, tuple[Any, Any, dict[str, Any], Any]] = {
@@ -160,3 +162,12 @@ def test_one_sample_without_a_batch_and_other_counts_of_rows_are_refused():
         model(torch.randn(3, 6, 5, dtype=torch.float64))
     with peftlib.route(model, ["a", "b"]), pytest.raises(peftlib.AdapterError, match="0"):
         model(input_of("factor of a convolution", 3))
+
+
+@pytest.mark.parametrize("case", ["factor of a Linear", "bias", "RMSNorm"])
+def test_compiled_without_a_break_rows_give_the_same(case):
+    model, x = model_of(case), input_of(case, len(ROWS))
+    with peftlib.route(model, ROWS):
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=1e-12)
