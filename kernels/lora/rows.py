@@ -35,6 +35,7 @@ def lora_linear_rows(
     segments: Segments,
     dropouts: tuple[float, ...] | None = None,
     seeds: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Applies a linear layer to all rows at once, and to each row's result adds the low-rank term of its own pair.
 
@@ -64,6 +65,8 @@ def lora_linear_rows(
         segments: which rows go through which.
         dropouts: the probability of each pair, where `serves_rows(..., dropping=True)`.
         seeds: [pairs] int64, that of each pair's mask, on the device of x.
+        keep: [tokens, in], sorted by segment: what each element of x is multiplied by on its way to A, where masks were
+            drawn already.
 
     Returns:
         [rows, ..., out].
@@ -79,8 +82,8 @@ def lora_linear_rows(
     segments = segments.to(x.device)
     trained = [x, weight, *factors] if bias is None else [x, weight, bias, *factors]
     if torch.is_grad_enabled() and any(each.requires_grad for each in trained):
-        return apply(_LoRARows, x, weight, bias, segments, *factors)
-    y2, _ = _forward(x, weight, bias, segments, factors)
+        return apply(_LoRARows, x, weight, bias, segments, keep, *factors)
+    y2, _ = _forward(x, weight, bias, segments, keep, factors)
     return y2.view(*x.shape[:-1], y2.shape[-1])
 
 
@@ -114,14 +117,21 @@ def serves_rows(x: Tensor, weight: Tensor, factors: Sequence[Tensor], dropping: 
 class _LoRARows(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments, *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        segments: Segments,
+        keep: Tensor | None,
+        *factors: Tensor,
     ) -> Tensor:
-        y2, h = _forward(x, weight, bias, segments, factors)
+        y2, h = _forward(x, weight, bias, segments, keep, factors)
         needs_x, needs_weight, *_ = ctx.needs_input_grad
-        needs_A, needs_B = any(ctx.needs_input_grad[4::2]), any(ctx.needs_input_grad[5::2])
+        needs_A, needs_B = any(ctx.needs_input_grad[5::2]), any(ctx.needs_input_grad[6::2])
         ctx.save_for_backward(
             x if needs_A or needs_weight else None,
             weight if needs_x else None,
+            keep,
             *(h if needs_B else [None] * len(h)),
             *factors,
         )
@@ -140,11 +150,17 @@ class _LoRARows(Function):
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, segments: Segments, factors: Sequence[Tensor]
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    segments: Segments,
+    keep: Tensor | None,
+    factors: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """y [tokens, out], and the products s·x Aᵀ: one for each pair, or one of all."""
     x2 = _sorted(x, segments.order, segments.size)
     y2 = F.linear(x2, weight, bias)
+    x2 = x2 if keep is None else x2 * keep
     if segments.are_alike:
         A, B = _stacked(factors)
         h = _scaled(torch.bmm(_in_segments(x2, A), A.transpose(1, 2)), segments)
@@ -159,22 +175,30 @@ def _forward(
 
 
 def _backward(ctx: Any, dY: Tensor) -> tuple[Any, ...]:
-    segments, (x, weight, *saved) = ctx.segments, ctx.saved_tensors
+    segments, (x, weight, keep, *saved) = ctx.segments, ctx.saved_tensors
     products, factors = saved[: ctx.products], saved[ctx.products :]
-    needs_x, needs_weight, needs_bias, _, *needs = ctx.needs_input_grad
+    needs_x, needs_weight, needs_bias, _, _, *needs = ctx.needs_input_grad
     dY2 = _sorted(dY.contiguous(), segments.order, segments.size)
     x2 = None if x is None else _sorted(x, segments.order, segments.size)
     dX = torch.mm(dY2, weight) if needs_x else None
     through = _backward_stacked if segments.are_alike else _backward_each
-    gradients = through(dY2, x2, dX, segments, products, factors, needs)
+    dropped = x2 if x2 is None or keep is None else x2 * keep
+    gradients = through(dY2, dropped, dX, keep, segments, products, factors, needs)
     if dX is not None:
         dX = _sorted(dX, segments.back, segments.size).view(ctx.x_shape)
     dW = torch.mm(dY2.t(), x2) if needs_weight and x2 is not None else None
-    return dX, dW, dY2.sum(0) if needs_bias else None, None, *gradients
+    return dX, dW, dY2.sum(0) if needs_bias else None, None, None, *gradients
 
 
 def _backward_stacked(
-    dY: Tensor, x: Any, dX: Tensor | None, segments: Segments, products: Any, factors: Any, needs: list[bool]
+    dY: Tensor,
+    x: Any,
+    dX: Tensor | None,
+    keep: Tensor | None,
+    segments: Segments,
+    products: Any,
+    factors: Any,
+    needs: list[bool],
 ) -> list[Tensor | None]:
     A, B = _stacked(factors)
     dY3 = _in_segments(dY, A)
@@ -187,8 +211,10 @@ def _backward_stacked(
         # A copy with the ranks in front takes 22 µs, and the product then 32 in place of 210.
         thin = B.transpose(1, 2).contiguous()
         g = _scaled(torch.bmm(dY3, thin.transpose(1, 2)), segments)
-        if dX is not None:
+        if dX is not None and keep is None:
             _in_segments(dX, A).baddbmm_(g, A)
+        elif dX is not None:
+            dX.addcmul_(torch.bmm(g, A).view_as(dX), keep)
         if any(needs[::2]):
             gradients[::2] = torch.bmm(g.transpose(1, 2), _in_segments(x, A)).unbind()
     return [
@@ -198,7 +224,14 @@ def _backward_stacked(
 
 
 def _backward_each(
-    dY: Tensor, x: Any, dX: Tensor | None, segments: Segments, products: Any, factors: Any, needs: list[bool]
+    dY: Tensor,
+    x: Any,
+    dX: Tensor | None,
+    keep: Tensor | None,
+    segments: Segments,
+    products: Any,
+    factors: Any,
+    needs: list[bool],
 ) -> list[Tensor | None]:
     gradients: list[Tensor | None] = []
     own = zip(_each(dY.shape[0], segments, factors), products, needs[::2], needs[1::2], strict=True)
@@ -207,16 +240,18 @@ def _backward_each(
         g = torch.mm(dY[rows], thin.t()).mul_(scale) if needs_A or dX is not None else None
         gradients.append(torch.mm(g.t(), x[rows]) if g is not None and needs_A else None)
         gradients.append(torch.mm(h.t(), dY[rows]).t() if needs_B else None)
-        if g is not None and dX is not None:
+        if g is not None and dX is not None and keep is None:
             dX[rows].addmm_(g, lora_A)
+        elif g is not None and dX is not None:
+            dX[rows].addcmul_(torch.mm(g, lora_A), keep[rows])
     return gradients
 
 
 def _differentiable(ctx: Any, dY: Tensor) -> tuple[Any, ...]:
     """The backward pass through plain operations, whose own backward torch knows."""
-    segments, (x, weight, *saved) = ctx.segments, ctx.saved_tensors
+    segments, (x, weight, keep, *saved) = ctx.segments, ctx.saved_tensors
     factors = saved[ctx.products :]
-    needs_x, needs_weight, needs_bias, _, *needs = ctx.needs_input_grad
+    needs_x, needs_weight, needs_bias, _, _, *needs = ctx.needs_input_grad
     if x is None or (weight is None and needs_x):
         x = torch.zeros(ctx.x_shape, dtype=dY.dtype, device=dY.device, requires_grad=True)
         if any(needs[1::2]):
@@ -226,11 +261,13 @@ def _differentiable(ctx: Any, dY: Tensor) -> tuple[Any, ...]:
             )
     inputs = [x, weight, *factors]
     with torch.enable_grad():
-        y = plain_rows(x, weight, segments, factors)
+        places = [rows for _, rows, *_ in _each(x.numel() // x.shape[-1], segments, factors)]
+        kept = None if keep is None else lambda pair, _: keep[places[pair]]
+        y = plain_rows(x, weight, segments, factors, keep=kept)
         wanted = [tensor for tensor, need in zip(inputs, [needs_x, needs_weight, *needs], strict=True) if need]
         found = iter(torch.autograd.grad(y, wanted, dY, create_graph=True))
     dX, dW, *rest = [next(found) if need else None for need in [needs_x, needs_weight, *needs]]
-    return dX, dW, dY.flatten(0, -2).sum(0) if needs_bias else None, None, *rest
+    return dX, dW, dY.flatten(0, -2).sum(0) if needs_bias else None, None, None, *rest
 
 
 def _sorted(tensor: Tensor, order: Tensor | None, size: int) -> Tensor:

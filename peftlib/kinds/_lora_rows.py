@@ -10,6 +10,8 @@ from .._core.host import runs_bare
 from .._core.override import tensors_of
 from .._core.row_groups import Groups
 from ..kernels import Segments, join_pairs, lora_linear_rows, serves_rows
+from ..kernels.dispatch import is_small, launches
+from ..kernels.dropout import draw_small, survivors_scale
 from ..kernels.philox import draw_seed
 
 
@@ -39,10 +41,29 @@ class LoRARows:
         weight, bias = tensors_of(self.host, "weight", "bias")
         pairs = self._pairs()
         factors = [factor for pair in pairs for factor in pair]
-        if not x.numel() or not serves_rows(x, weight, factors, dropouts is not None):
+        by_kernels = dropouts is not None and launches(x)
+        if not x.numel() or not serves_rows(x, weight, factors, by_kernels):
             return NotImplemented
-        seeds = None if dropouts is None else self._seeds(x)
-        return lora_linear_rows(x, weight, bias, pairs, self.segments, dropouts, seeds)
+        if dropouts is None:
+            return lora_linear_rows(x, weight, bias, pairs, self.segments)
+        if by_kernels:
+            return lora_linear_rows(x, weight, bias, pairs, self.segments, dropouts, self._seeds(x))
+        tokens = x.view(-1, x.shape[-1])
+        parts = tokens.split([len(tokens) // self.groups.size * count for count in self.groups.counts])
+        if not all(is_small(part, len(weight), 1.0) for part in parts):
+            return NotImplemented  # alone too, each would draw another mask than in one piece
+        return lora_linear_rows(x, weight, bias, pairs, self.segments, keep=self._keep(x, parts))
+
+    def _keep(self, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """[tokens, in], by group: of each adapter the mask that it would draw alone, on survivors 1/(1-p)."""
+        kept = []
+        for own, part in zip(self.adapters, parts, strict=True):
+            if own and own[0].dropout and own[0].training:
+                mask = own[0].with_own_masks(draw_small, part, own[0].dropout)
+                kept.append(mask.to(x.dtype).mul_(survivors_scale(own[0].dropout)))
+            else:
+                kept.append(torch.ones_like(part))
+        return torch.cat(kept)
 
     def _dropouts(self) -> tuple[float, ...] | None:
         """That of each pair; None where none acts."""

@@ -153,6 +153,41 @@ def test_a_pair_that_is_not_finite_changes_no_bit_elsewhere(name):
         assert torch.equal(one, other)
 
 
+@cases
+@orders
+def test_what_each_element_is_multiplied_by_acts_on_the_way_to_A_alone(shape, shuffled):
+    """As dropout does: some are zero."""
+    case = Case(shape, shuffled)
+    tokens = case.x.numel() // IN
+    keep = torch.randn(tokens, IN, dtype=torch.float64) * (torch.rand(tokens, IN) > 0.3)
+    place = range(len(case.x)) if case.segments.order is None else case.segments.order.tolist()
+    of_row = dict(zip(place, keep.view(len(case.x), -1, IN), strict=True))
+    multiplier = torch.stack([of_row[row] for row in range(len(case.x))])
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
+        pairs = list(zip(factors[::2], factors[1::2], strict=True))
+        return lora_linear_rows(x, weight, bias, pairs, case.segments, keep=keep)
+
+    found = run(*case.operands)
+    base, weight = case.x @ case.weight.T + case.bias, case.weight.detach().clone()
+    case.x.data, own = case.x.data * multiplier, case.x.data
+    term = case.by_row() - (case.x @ case.weight.T + case.bias)
+    torch.testing.assert_close(found, base + term, rtol=0, atol=1e-12)
+    case.x.data = own
+    given = torch.randn_like(found)
+    factors = case.operands[3:]
+    gradients = torch.autograd.grad(found, case.operands, given)
+    case.x.data, case.weight.data = own * multiplier, case.weight.data * 0
+    expected = torch.autograd.grad(case.by_row(), [case.x, case.bias, *factors], given)
+    case.x.data = own
+    torch.testing.assert_close(gradients[0], expected[0] * multiplier + given @ weight, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradients[1], given.flatten(0, -2).T @ own.flatten(0, -2), rtol=0, atol=1e-12)
+    for one, other in zip(gradients[2:], expected[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    if len(shape) == 3 and not shuffled:
+        assert torch.autograd.gradgradcheck(lambda *operands: run(*operands).square(), case.operands)
+
+
 def test_x_is_kept_itself_and_beside_it_only_products_of_the_rank():
     case = Case([(4, 2), (4, 2)], shuffled=True, share=(50,))
     case.weight.requires_grad_(False)
