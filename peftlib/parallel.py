@@ -5,10 +5,11 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from ._core.adapter import Adapter
 from ._core.host import adapters_of, is_host, parts
+from ._core.sharded import is_sharded, place
 from ._errors import AdapterError
 
 Style = TypeVar("Style")
@@ -58,29 +59,15 @@ def _apply(theirs: Callable[[nn.Module, Any], nn.Module], module: nn.Module, mes
     finally:
         module._modules["adapters"] = children
     for adapter in parts(module):
-        _place(adapter, module, mesh)
+        _placed(adapter, module, mesh)
     return module
 
 
-def _place(adapter: Adapter, host: nn.Module, mesh: Any) -> None:
+def _placed(adapter: Adapter, host: nn.Module, mesh: Any) -> None:
     weight: Any = getattr(host, "weight", None)
-    if not hasattr(weight, "placements"):
+    if not is_sharded(weight):
         raise AdapterError(
             f"tensor_parallel: {type(host).__name__} has adapters, and its weight is on one process. "
             "Give its name a style that splits it, or leave it out of the plan."
         )
-    axes = adapter.axes if isinstance(host, nn.Linear) else {}
-    for path, module in adapter.named_modules():
-        for tensors in (module._parameters, module._buffers):
-            for leaf, tensor in tensors.items():
-                if tensor is not None:
-                    along = axes.get(f"{path}.{leaf}".lstrip("."), (None, None))
-                    tensors[leaf] = _split(tensor, along, weight.placements, mesh)
-
-
-def _split(tensor: Tensor, along: tuple[int | None, int | None], placements: Any, mesh: Any) -> Any:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor  # 0.4 s that most users never need
-
-    split = [along[placement.dim] if placement.is_shard() else None for placement in placements]
-    placed = distribute_tensor(tensor.detach(), mesh, [Replicate() if dim is None else Shard(dim) for dim in split])
-    return nn.Parameter(placed, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else placed
+    place(adapter, host, mesh, weight.placements)

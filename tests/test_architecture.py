@@ -41,7 +41,7 @@ FILES = {
         "lora grouped bottleneck",
     ],
     "_core": [
-        "targets override table progress foreign containers reads randomness swap weights",
+        "targets override table progress foreign containers reads randomness swap weights sharded averaged",
         "quantized adapter row_groups",
         "clone guesses lazy_weight row_layout",
         "rows",

@@ -8,10 +8,12 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from .adapter import Adapter
+from .averaged import require_averaged
 from .clone import clone
 from .host import Selection
 from .merge import merge, unmerge
 from .row_groups import Rows
+from .sharded import require_no_units, settle
 from .table import html_table, table
 from .walk import (
     adapters,
@@ -169,7 +171,7 @@ def train_only(model: M, *names: str) -> Undo[M]:
         A context manager whose exit brings the previous flags back; using it is optional.
 
     Raises:
-        AdapterError: an absent name.
+        AdapterError: an absent name, an adapter that did not train when a DistributedDataParallel was made around it.
 
     Example:
         >>> import torch, peftlib
@@ -179,10 +181,19 @@ def train_only(model: M, *names: str) -> Undo[M]:
         >>> _ = peftlib.train_only(model, "second")
     """
     require(model, names)
+    settle(model)
+    wanted = [p for _, name, adapter in adapters(model) if name in names for p in adapter.parameters()]
+    require_averaged("train_only", wanted, "Choose before DistributedDataParallel, or make a new one")
     before = [(p, p.requires_grad) for _, _, adapter in adapters(model) for p in adapter.parameters()]
     for _, name, adapter in adapters(model):
         adapter.requires_grad_(name in names)
-    return Undo(model, lambda: [p.requires_grad_(on) for p, on in before])
+    return Undo(model, lambda: _flag_again(model, before))
+
+
+def _flag_again(model: nn.Module, flags: list[tuple[nn.Parameter, bool]]) -> None:
+    settle(model)
+    for parameter, on in flags:
+        parameter.requires_grad_(on)
 
 
 def view(model: M, *names: Choice) -> M:
@@ -199,7 +210,7 @@ def view(model: M, *names: Choice) -> M:
         A module of the same class. It ends when nothing refers to it any more.
 
     Raises:
-        AdapterError: a merged model, and what `activate` refuses.
+        AdapterError: a merged model, one that `fully_shard` gathers call by call, and what `activate` refuses.
 
     Example:
         >>> import torch, peftlib
@@ -211,6 +222,7 @@ def view(model: M, *names: Choice) -> M:
     """
     original, choice = _known(model, names, "view")
     require_unmerged(original, "view")
+    require_no_units(model, "view", "Switch with activate, or route the rows of one batch")
     other: Any = clone(model)
     selection = require(other)
     selection.active, selection.weights, selection.rows = choice.names, choice.weights or {}, None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .foreign import hook_of
 from .override import compute_from_attributes
 from .quantized import meta_stand_in, wraps_others
+from .sharded import is_sharded, units
 
 
 def clone(model: nn.Module, meta: bool = False) -> Any:
@@ -18,10 +19,21 @@ def clone(model: nn.Module, meta: bool = False) -> Any:
     for module in model.modules():
         shared.update({id(item): _on_meta(item) if meta else _shared(item) for item in _tensors(module)})
         shared[id(hook_of(module))] = hook_of(module)  # one that offloads holds all weights of the model
+    _copy_units(model, shared)
     other = copy.deepcopy(model, shared)
     for module in other.modules():
         _lift_overrides(module)
     return other
+
+
+def _copy_units(model: nn.Module, shared: dict[int, Any]) -> None:
+    """FSDP2 forbids to copy its units, for what gathers them stays with the first: a copy that is only read may have
+    the same."""
+    made = [(unit, object.__new__(type(unit))) for unit in units(model)]
+    shared.update({id(unit): other for unit, other in made})
+    for unit, other in made:
+        own = {key: copy.deepcopy(unit.__dict__[key], shared) for key in ("_parameters", "_buffers", "_modules")}
+        other.__dict__.update({**unit.__dict__, **own})
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -77,5 +89,8 @@ def _is_read_elsewhere(module: Any, name: str) -> bool:
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
-    empty = meta_stand_in(tensor) if wraps_others(tensor) else torch.empty_like(tensor, device="meta")
+    if is_sharded(tensor):  # its shape is that of the whole
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    else:
+        empty = meta_stand_in(tensor) if wraps_others(tensor) else torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -13,6 +13,7 @@ from .inject import require_changeable
 from .lost import forget_lost
 from .merge import forget_backups, unmerge
 from .merge import merge as fold_in
+from .sharded import leave_units, settle
 from .walk import base_modules, hosts, require, require_no_views
 
 
@@ -61,6 +62,7 @@ def eject(
         >>> type(model[0]) is torch.nn.Linear
         True
     """
+    settle(model)
     if not merge and not any(True for _ in hosts(model)) and forget_lost(model, name):
         unfreeze_base(model, keep_buffers=True)
         return None
@@ -134,3 +136,4 @@ def _take_out(model: nn.Module, name: str | None, *, keep_buffers: bool) -> None
         if not adapted:
             unfreeze_base(model, keep_buffers=keep_buffers)
         forget_lost(model, name)
+    leave_units(model)

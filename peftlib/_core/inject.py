@@ -10,6 +10,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._errors import AdapterError
 from .adapter import Adapter, full_config, takes_keyword
+from .averaged import require_outside
 from .clone import clone
 from .foreign import fast_paths_around, present, require_steady
 from .freeze import freeze_base, statistics_held
@@ -25,6 +26,7 @@ from .lost import remember
 from .progress import Progress, reported
 from .randomness import Masks, derived, drawing_from, require_seed
 from .readers import Readers
+from .sharded import is_sharded, settle
 from .targets import Targets, select
 from .walk import (
     adapters,
@@ -96,7 +98,7 @@ def inject(
 
     Raises:
         AdapterError: a target that matches nothing, a host that this kind cannot adapt, a name that is taken there, a
-            merged model, a live view.
+            merged model, a live view, a module inside a DistributedDataParallel that was made before.
 
     Example:
         >>> import torch, peftlib
@@ -119,6 +121,8 @@ def inject(
 
 def install(model: nn.Module, placed: list[Placed], *, freeze: bool, active: bool = True) -> None:
     """Puts adapters in that are made, all or nothing; active, or off."""
+    hosts_to_be = [(item.host_name, item.host) for item in placed]
+    require_outside("adapters", hosts_to_be, "Put them in first, or make a new DistributedDataParallel")
     with all_or_nothing(model):
         selection = share_selection(model)
         for around in fast_paths_around(base_modules(model), {id(item.host) for item in placed}):
@@ -136,6 +140,7 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool, active: boo
 def require_changeable(model: nn.Module, doing: str) -> None:
     """Adapters come and go only while the base is unmerged and no view of the model is alive."""
     require_uncompiled(model, doing)
+    settle(model)
     for selection in selections_of(model):
         require_no_views(selection, doing)
         require_unmerged(selection, doing)
@@ -238,7 +243,7 @@ def require_name(name: str) -> None:
         raise AdapterError(f"name={name!r}: torch's ModuleDict has an attribute of that name. Rename the adapter.")
 
 
-def require_adaptable(name: str, host: nn.Module) -> None:
+def require_adaptable(name: str, host: nn.Module, *, sharded: bool = False) -> None:
     where, found = name or "the root", type(host).__name__
     if isinstance(host, torch.jit.ScriptModule):
         raise AdapterError(
@@ -247,7 +252,7 @@ def require_adaptable(name: str, host: nn.Module) -> None:
     own = (*host._parameters.values(), *host._buffers.values())
     if any(isinstance(tensor, (UninitializedParameter, UninitializedBuffer)) for tensor in own):
         raise AdapterError(f"{where}: {found} is lazy and has no shapes yet. Run one batch through the model first.")
-    if any(type(p).__name__ == "DTensor" or hasattr(p, "device_mesh") for p in host.parameters(recurse=False)):
+    if not sharded and any(is_sharded(p) or hasattr(p, "device_mesh") for p in host._parameters.values()):
         raise AdapterError(f"{where}: its parameters are sharded already. Inject first, then fully_shard.")
     if not is_host(host) and hasattr(host, "adapters"):
         raise AdapterError(f"{where}: {found} has an attribute `adapters` of its own, which peftlib needs. Rename it.")

@@ -13,6 +13,7 @@ from .host import Adapters, Selection, parts
 from .lost import require_all_there
 from .merged_weights import Folded, folded_by_host
 from .progress import Progress, reported
+from .sharded import settle
 from .swap import can_swap, give, hold, trade
 from .walk import (
     adapters,
@@ -102,6 +103,7 @@ def unmerge(model: nn.Module) -> None:
         >>> peftlib.merge(model)
         >>> peftlib.unmerge(model)
     """
+    settle(model)
     selection = require(model)
     require_no_views(selection, "unmerge")
     if not selection.merged:
@@ -192,6 +194,7 @@ def merged_state_dict(
         >>> [key for key, tensor in peftlib.merged_state_dict(model)]
         ['0.weight', '0.bias']
     """
+    settle(model)
     choice = chosen(names, "merged_state_dict")
     selection = require(model, choice.named)
     is_there = set(choice.names or selection.merged) == set(selection.merged)
@@ -237,6 +240,7 @@ def _prefixes(key: str) -> list[str]:
 def _ready_to_fold(
     model: nn.Module, choices: tuple[Choice, ...], doing: str, views_matter: bool = True
 ) -> tuple[Selection, tuple[str, ...], Weights]:
+    settle(model)
     require_all_there(model, doing)
     choice = chosen(choices, doing)
     selection = require(model, choice.named)

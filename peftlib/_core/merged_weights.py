@@ -17,6 +17,7 @@ from .foreign import is_offloading
 from .host import Adapters, Selection, adapters_of, is_host, parts
 from .override import compute_from_attributes, overridden, owner_of
 from .quantized import quantized_as
+from .sharded import is_sharded, split_as, whole
 from .swap import is_lone
 from .walk import base_modules, candidates, hosts
 from .weights import Weights
@@ -39,12 +40,12 @@ class Folded:
         """In the base's dtype and layout, in memory of its own: an adapter may give what it goes on to hold."""
         nobody_holds_it = self._references() == _ITS_OWN and is_lone(self.value, self.base)
         rounded = self.value if nobody_holds_it else _like(self.base, self.value)
-        if not (self.base.is_meta or _is_finite(rounded)) and _is_finite(self.base):
+        if not (self.base.is_meta or _is_finite(rounded)) and _is_finite(whole(self.base)):
             raise AdapterError(
                 f"cannot merge into {self.name}: the result has NaN or infinity in {self.base.dtype}. "
                 "Leave the adapter unmerged, or widen the weight first."
             )
-        return rounded
+        return split_as(rounded, self.base)
 
     def _references(self) -> int:
         return sys.getrefcount(self.value)
@@ -99,10 +100,10 @@ def _fold(
             f"cannot merge into {host_name or 'the root'}: accelerate keeps its weights in memory or on disk between "
             "calls. Merge before the model is offloaded, or take the hooks off first (remove_hook_from_module)."
         )
-    scratch = _stand_in(modules, weights)
+    scratch = _stand_in(_with_adapters(modules) if _lies_in_shards(modules) else modules, weights)
     paths = {id(module): path for path, module in host.named_modules()} if start else {}
     values = {f"{paths[id(item.owner)]}.{item.leaf}".lstrip("."): item.value for item in start}
-    folding = parts(host, names)
+    folding = parts(scratch, names)
     for adapter in folding:
         _require_finite(host_name, adapter)
     try:
@@ -120,9 +121,12 @@ def _stand_in(modules: list[nn.Module], weights: Weights) -> nn.Module:
     in another thread reads them, and what such a call overrides meanwhile is left out. The adapters have these weights
     in it, whatever theirs are in the model."""
     made: dict[int, Any] = {}
+    gathered: dict[int, Any] = {}
     for module in modules:
         other = made[id(module)] = object.__new__(type(module))
         other.__dict__.update(without_overrides(module, vars(module)))
+        for tensors in ("_parameters", "_buffers"):
+            _gather(other.__dict__, tensors, gathered)
         if isinstance(other, nn.RNNBase):
             compute_from_attributes(other)
     for other in made.values():
@@ -138,6 +142,26 @@ def _with_weights(children: Adapters, weights: Weights) -> Adapters:
     other.__dict__.update(vars(children), selection=Selection())
     other.selection.weights = weights
     return other
+
+
+def _with_adapters(modules: list[nn.Module]) -> list[nn.Module]:
+    return modules + [inner for host in modules if is_host(host) for inner in adapters_of(host).modules()]
+
+
+def _lies_in_shards(modules: list[nn.Module]) -> bool:
+    return any(is_sharded(p) for module in _with_adapters(modules) for p in module._parameters.values())
+
+
+def _gather(state: dict[str, Any], tensors: str, gathered: dict[int, Any]) -> None:
+    """In the place of each shard, all of it, once: folds then are those of one process, and so are their refusals."""
+    if not any(map(is_sharded, state[tensors].values())):
+        return
+    state[tensors] = dict(state[tensors])
+    for leaf, tensor in state[tensors].items():
+        if is_sharded(tensor):
+            if id(tensor) not in gathered:
+                gathered[id(tensor)] = nn.Parameter(whole(tensor.detach()), tensor.requires_grad)
+            state[tensors][leaf] = gathered[id(tensor)]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from .adapter import Adapter
 from .host import parts
 from .inject import Placed, require_uncompiled
 from .lost import require_all_there
+from .sharded import settle
 from .walk import hosts, require, require_no_views, require_unmerged
 
 
@@ -27,6 +28,7 @@ def require_refillable(model: nn.Module, name: str, doing: str) -> None:
 def refill(model: nn.Module, name: str, made: Sequence[Placed], where: str) -> None:
     """Each part of the adapter gets what makes it do what its like among these does; parameters stay the same objects,
     so that graphs and optimizers that hold them go on."""
+    settle(model)
     found = [_given(host_name, own, other) for host_name, own, other in _matched(model, name, made, where)]
     values = [pair for tensors, _, _ in found for pair in tensors]
     before = [(own, own.clone()) for own, _ in values], [(part, dict(part.__dict__)) for _, part, _ in found]

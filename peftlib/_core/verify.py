@@ -16,6 +16,7 @@ from .lazy_weight import materialized
 from .lost import lost
 from .merge import merged
 from .quantized import quantized_as
+from .sharded import gradients, settle, split_as, whole
 from .table import equal_lines, html_lines
 from .verify_rows import compare_rows
 from .walk import (
@@ -147,6 +148,8 @@ def _materialized_lines(active: list[Named], heard: list[tuple[str, tuple[nn.Mod
 
 def _run_backward(model: nn.Module, active: list[Named], inputs: Any, named_inputs: Any) -> Gradients:
     """The gradients of each adapter that ran, by the adapter's id."""
+    settle(model)
+    wanted = [p for *_, adapter in active for p in adapter.parameters() if p.requires_grad]
     ran: set[int] = set()
     hooks = [adapter.register_forward_pre_hook(lambda module, _: ran.add(id(module))) for *_, adapter in active]
     try:
@@ -155,12 +158,10 @@ def _run_backward(model: nn.Module, active: list[Named], inputs: Any, named_inpu
     finally:
         for hook in hooks:
             hook.remove()
-    wanted = [p for *_, adapter in active for p in adapter.parameters() if p.requires_grad]
-    reached = loss.requires_grad and wanted
-    found = iter(torch.autograd.grad(loss, wanted, allow_unused=True) if reached else [None] * len(wanted))
-    gradients = {id(adapter): [next(found) for p in adapter.parameters() if p.requires_grad] for *_, adapter in active}
-    reached_any = {key for key, value in gradients.items() if any(gradient is not None for gradient in value)}
-    return {key: value for key, value in gradients.items() if key in ran | reached_any}
+    found = iter(gradients(model, loss, wanted))
+    reached = {id(adapter): [next(found) for p in adapter.parameters() if p.requires_grad] for *_, adapter in active}
+    reached_any = {key for key, value in reached.items() if any(gradient is not None for gradient in value)}
+    return {key: value for key, value in reached.items() if key in ran | reached_any}
 
 
 def _with_gradients(active: list[Named], ran: Gradients) -> Iterator[tuple[nn.Parameter, Tensor | None]]:
@@ -170,11 +171,16 @@ def _with_gradients(active: list[Named], ran: Gradients) -> Iterator[tuple[nn.Pa
 
 
 def _has_zeros_without_gradient(active: list[Named], ran: Gradients) -> bool:
-    return any(_is_still(gradient) and not p.any() for p, gradient in _with_gradients(active, ran))
+    return any(_is_still(gradient) and _is_zero(p) for p, gradient in _with_gradients(active, ran))
 
 
 def _is_still(gradient: Tensor | None) -> bool:
-    return gradient is None or not gradient.any()
+    return gradient is None or _is_zero(gradient)
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    """Of a shard, all of it: each process must see the same."""
+    return not whole(tensor.detach()).any()
 
 
 @contextlib.contextmanager
@@ -185,7 +191,7 @@ def _stepped(active: list[Named], ran: Gradients) -> Iterator[None]:
         with torch.no_grad():
             for p, gradient in _with_gradients(active, ran):
                 if gradient is not None:
-                    p.sub_(gradient.sign(), alpha=1e-2)
+                    p.sub_(split_as(whole(gradient).sign(), p), alpha=1e-2)
         yield
     finally:
         with torch.no_grad():
@@ -230,7 +236,7 @@ def _factor_problems(
     by_key = dict(zip([key for key, _ in trained], found, strict=True))
     still = [key for key, gradient in by_key.items() if _is_still(gradient)]
     dead = [
-        key for (key, p), then in zip(trained, later, strict=True) if key in still and _is_still(then) and not p.any()
+        key for (key, p), then in zip(trained, later, strict=True) if key in still and _is_still(then) and _is_zero(p)
     ]
     if dead:
         zero = ", ".join(f"{key} is all zero and gets no gradient" for key in dead)

@@ -12,6 +12,7 @@ from .activate import activate
 from .route import names_by_row, route
 from .row_groups import Groups, Rows
 from .row_layout import Layout
+from .sharded import gradients, settle, whole
 from .walk import adapters, candidates, in_eval_mode, require
 
 
@@ -61,7 +62,14 @@ def _each_alone(
 
 
 def _run(model: nn.Module, args: Any, kwargs: Any, part: tuple[Groups, int] | None) -> _Run:
+    settle(model)
     calls: list[tuple[str, list[Tensor]]] = []
+    trained = {
+        f'"{name}" on {host or "the root"}: {key}': p
+        for host, name, adapter in adapters(model)
+        for key, p in adapter.named_parameters()
+        if p.requires_grad
+    }
     hooks = [
         module.register_forward_hook(
             lambda module, args, output, name=name: calls.append((name, [o.detach() for o in _floating(output)]))
@@ -74,22 +82,18 @@ def _run(model: nn.Module, args: Any, kwargs: Any, part: tuple[Groups, int] | No
     finally:
         for hook in hooks:
             hook.remove()
-    return _Run(calls, [output.detach() for output in outputs], _gradients(model, outputs, part))
+    return _Run(calls, [output.detach() for output in outputs], _gradients(model, trained, outputs, part))
 
 
-def _gradients(model: nn.Module, outputs: list[Tensor], part: tuple[Groups, int] | None) -> dict[str, Tensor | None]:
+def _gradients(
+    model: nn.Module, trained: dict[str, nn.Parameter], outputs: list[Tensor], part: tuple[Groups, int] | None
+) -> dict[str, Tensor | None]:
     """Of the sum of all outputs that have rows, each element times a number that is the same in the batch and alone."""
-    trained = {
-        f'"{name}" on {host or "the root"}: {key}': p
-        for host, name, adapter in adapters(model)
-        for key, p in adapter.named_parameters()
-        if p.requires_grad
-    }
     losses = [(output * _weights(output, part)).sum() for output in outputs if output.requires_grad and output.dim()]
     if not losses or not trained:
         return dict.fromkeys(trained)
-    found = torch.autograd.grad(torch.stack(losses).sum(), list(trained.values()), allow_unused=True)
-    return dict(zip(trained, found, strict=True))
+    found = gradients(model, torch.stack(losses).sum(), list(trained.values()))
+    return {key: None if each is None else whole(each) for key, each in zip(trained, found, strict=True)}
 
 
 def _weights(output: Tensor, part: tuple[Groups, int] | None) -> Tensor:
@@ -135,10 +139,10 @@ def _gradient_differences(together: _Run, alone: list[_Run]) -> Iterator[str]:
 
 def _pairs(groups: Groups, at: int, together: list[Tensor], alone: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """What was returned for a group's rows, in the batch and alone, where the rows lie in front."""
-    for whole, own in zip(together, alone, strict=False):
-        has_rows = whole.dim() > 0 and len(whole) > 0 and len(whole) % groups.size == 0 and whole.dim() == own.dim()
-        if has_rows and len(own) == len(whole) // groups.size * groups.each[at].count:
-            yield groups.split(whole, 0)[at], own
+    for every, own in zip(together, alone, strict=False):
+        has_rows = every.dim() > 0 and len(every) > 0 and len(every) % groups.size == 0 and every.dim() == own.dim()
+        if has_rows and len(own) == len(every) // groups.size * groups.each[at].count:
+            yield groups.split(every, 0)[at], own
 
 
 def _are_near(one: Tensor, other: Tensor) -> bool:

@@ -16,6 +16,7 @@ from .containers import CHILD
 from .host import Selection, adapters_of, is_host, parts
 from .lost import require_all_there
 from .override import owner_of
+from .sharded import settle
 
 _views: weakref.WeakKeyDictionary[Selection, "weakref.WeakSet[Selection]"] = weakref.WeakKeyDictionary()
 _one_thread = threading.RLock()  # while the table is walked, a view made elsewhere would end the walk
@@ -80,6 +81,7 @@ def parameters(model: nn.Module, name: str | None = None) -> Iterator[nn.Paramet
         >>> _ = peftlib.inject(model, "0", peftlib.LoRA, rank=2)
         >>> optimizer = torch.optim.AdamW(peftlib.parameters(model), lr=1e-3)
     """
+    settle(model)
     require_all_there(model, "parameters")
     require(model, () if name is None else (name,))
     seen: set[int] = set()

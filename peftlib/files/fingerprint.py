@@ -10,6 +10,7 @@ from .._core.foreign import keeps_statistics
 from .._core.freeze import persistent_buffers
 from .._core.merge import base_weight
 from .._core.quantized import weight_shape
+from .._core.sharded import is_sharded, whole
 from .._core.walk import candidates
 
 _SAMPLES = 64
@@ -19,10 +20,11 @@ _PLAIN = {"float64", "float32", "bfloat16", "float16"}
 Fingerprint = dict[str, Any]
 
 
-def fingerprint(host: nn.Module, replaced: set[str]) -> Fingerprint:
+def fingerprint(host: nn.Module, replaced: set[str], *, gather: bool) -> Fingerprint:
     """`weights`: dtype and shape of each, a packed weight's as it was before. `hash`: over the sample as it is, and as
     it would be after `.bfloat16()` and `.half()`, so that the same weights are known in a narrower dtype; without it
-    where there are no values to read: on the meta device, sharded, in a tensor subclass.
+    where there are no values to read: on the meta device, in a tensor subclass, sharded. With `gather`, which all
+    processes of the mesh must ask for together, those of shards are read too.
 
     `buffers`: the same of persistent buffers, and in `hash`, under "statistics", the values of running statistics,
     which are a part of the function that the adapter was trained on.
@@ -31,11 +33,12 @@ def fingerprint(host: nn.Module, replaced: set[str]) -> Fingerprint:
     weights, (buffers, statistics) = _weights(host), _buffers(host, replaced)
     described = {name: [_name(tensor.dtype), *shape] for name, (tensor, shape) in weights.items()}
     sampled = {name: tensor for name, (tensor, _) in weights.items() if name not in replaced}
+    read = _readable_or_sharded if gather else _readable
     found: Fingerprint = {"weights": described}
     if buffers:
         found["buffers"] = {name: [_name(tensor.dtype), *tensor.shape] for name, tensor in buffers.items()}
-    if sampled and all(_readable(tensor) for tensor in (*sampled.values(), *statistics.values())):
-        samples = {name: _sample(tensor) for name, tensor in sampled.items()}
+    if sampled and all(read(tensor) for tensor in (*sampled.values(), *statistics.values())):
+        samples = {name: _sample(whole(tensor.detach())) for name, tensor in sampled.items()}
         found["hash"] = {"own": _hash(samples, None), **{_name(dtype): _hash(samples, dtype) for dtype in _NARROW}}
         if statistics:
             moving = {name: _sample(tensor) for name, tensor in statistics.items()}
@@ -109,6 +112,10 @@ def _buffers(host: nn.Module, replaced: set[str]) -> tuple[dict[str, Tensor], di
 
 def _readable(tensor: Tensor) -> bool:
     return not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)
+
+
+def _readable_or_sharded(tensor: Tensor) -> bool:
+    return _readable(tensor) or (is_sharded(tensor) and not tensor.is_meta)
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from .._core.foreign import device_of, require_steady
 from .._core.inject import Part, Placed, build, require_adaptable, seed_in
 from .._core.randomness import require_seed
 from .._core.readers import Readers
-from .._core.walk import candidates
+from .._core.walk import adapters, candidates
 from .._errors import AdapterError
 from .container import Path
 from .header import Header, shown, some
@@ -88,7 +88,7 @@ def _kind(name: str, path: str) -> type[Adapter]:
 
 def _require_called(readers: Readers, host_name: str, host: nn.Module, path: str) -> None:
     """As at inject: a child whose weights its parent reads is no host."""
-    require_adaptable(host_name, host)
+    require_adaptable(host_name, host, sharded=True)
     if readers.site(host_name, host).inner:
         raise AdapterError(
             f"{path}: {host_name} is read by its parent without being called, so an adapter there would not act. "
@@ -115,6 +115,32 @@ def require_keys(placed: list[Placed], found: dict[str, Any], path: str) -> None
                 f"{path}: {key} has shape {shown(str(found[key]['shape']))}, this model needs {list(shape)}. "
                 "Load it onto its own base."
             )
+
+
+def require_implied_shapes(model: nn.Module, doing: str) -> None:
+    """Where others flatten parameters into shards of their own (FSDP1), a part would take the place of a whole file."""
+    for host_name, name, adapter in adapters(model):
+        implied = _implied(Part(host_name, model.get_submodule(host_name), type(adapter), adapter.config), name, doing)
+        own = {key: tensor.shape for key, tensor in adapter.state_dict().items()}
+        for key, shape in implied.items():
+            if own.get(key) != shape:
+                found = f"has shape {list(own[key])}" if key in own else "is not here"
+                raise AdapterError(
+                    f"{doing}: {f'{host_name}.{key}'.lstrip('.')} {found}, and its configuration makes {list(shape)}. "
+                    "Gather it first, with FullyShardedDataParallel inside summon_full_params."
+                )
+
+
+def _implied(part: Part, name: str, doing: str) -> dict[str, torch.Size]:
+    """The shapes of what this makes; none for a kind that needs its host's values, which may lie elsewhere."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            made = build(part, name, on_meta=True).adapter
+    except AdapterError as error:
+        raise AdapterError(f"{doing}: {error} Its host's weights are not whole here: gather them first.") from None
+    except (RuntimeError, NotImplementedError):
+        return {}
+    return {key: tensor.shape for key, tensor in made.state_dict().items()}
 
 
 def entries(item: Placed) -> Iterator[tuple[str, str, Tensor]]:

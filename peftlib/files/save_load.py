@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._core.freeze import moved_buffers
@@ -14,12 +15,13 @@ from .._core.host import parts
 from .._core.inject import Placed, install, require_changeable, require_free, require_name
 from .._core.lost import require_all_there
 from .._core.refill import refill, require_refillable
+from .._core.sharded import is_sharded, settle, shard_as_hosts, whole
 from .._core.walk import adapters, hosts, require
 from .._errors import AdapterError
 from .container import Path, header_of, opened, read_tensor, require_unchanged, write
 from .fingerprint import differs, fingerprint
 from .header import Header, some
-from .rebuild import fill, is_finite, rebuilt, require_keys
+from .rebuild import fill, is_finite, rebuilt, require_implied_shapes, require_keys
 
 
 def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[str, Any] | None = None) -> None:
@@ -36,8 +38,8 @@ def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[
         metadata: JSON-able values of your own, given back by `read_header`.
 
     Raises:
-        AdapterError: an absent name, tensors without values (meta device), NaN or infinity, metadata that JSON cannot
-            hold, a path that is a device or a pipe.
+        AdapterError: an absent name, tensors without values (meta device), or of other shapes than the configuration
+            has (a flattened shard), NaN or infinity, metadata that JSON cannot hold, a path that is a device or a pipe.
         OSError: the file cannot be written (a full disk, a folder, no permission); an old one at `path` is left whole.
 
     Example:
@@ -60,7 +62,10 @@ def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[
 
 def require_whole(model: nn.Module, doing: str) -> None:
     """A file, of whichever format, holds the adapter alone: it must all be there, and the base as it was."""
+    settle(model)
     require_all_there(model, doing)
+    if dist.is_available() and dist.is_initialized():
+        require_implied_shapes(model, doing)
     moved = moved_buffers(model)
     if moved:
         raise AdapterError(
@@ -120,7 +125,8 @@ def described(there: Iterable[Placed], name: str) -> Header:
             if config not in configs:
                 configs.append(config)
             positions.setdefault(host_name, []).append(configs.index(config))
-        base[host_name] = fingerprint(items[0].host, _replaced(items))
+        together = any(is_sharded(p) for item in items for p in item.adapter.parameters())
+        base[host_name] = fingerprint(items[0].host, _replaced(items), gather=together)
     return {"name": name, "configs": configs, "hosts": positions, "base": base}
 
 
@@ -188,6 +194,7 @@ def load(
         fill(placed, tensors.__getitem__, os.fspath(path))
         require_unchanged(file, tensors, path)
     if into is None:
+        shard_as_hosts(model, placed)
         install(model, placed, freeze=True)
     else:
         refill(model, into, placed, os.fspath(path))
@@ -209,7 +216,7 @@ def _made(model: nn.Module, header: Header, name: str | None, into: str | None, 
 
 def _require_base(placed: list[Placed], header: Header, path: str) -> None:
     other = {
-        host_name: differs(header["base"][host_name], fingerprint(items[0].host, _replaced(items)))
+        host_name: differs(header["base"][host_name], fingerprint(items[0].host, _replaced(items), gather=True))
         for host_name, items in _by_host(placed).items()
     }
     wrong = [f"{host_name or 'the root'} {how}" for host_name, how in other.items() if how]
@@ -217,12 +224,6 @@ def _require_base(placed: list[Placed], header: Header, path: str) -> None:
         raise AdapterError(
             f"{path}: made on another base: {some(wrong)}. Load it onto its own base, or pass strict=False."
         )
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Every process of the mesh must ask, and each gets all of it."""
-    gather: Any = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def writes_here(tensors: Iterable[Any]) -> bool:

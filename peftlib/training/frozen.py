@@ -1,14 +1,9 @@
 """What it is for a layer group to be frozen: no gradient, and running statistics that stay frozen."""
 
-import gc
-from collections.abc import Iterable
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from .._errors import AdapterError
 from .layer_groups import LayerGroup
 
 
@@ -55,21 +50,3 @@ class Switch:
         for handle in self.handles:
             handle.remove()
         self.handles = []
-
-
-def require_reduced(groups: Iterable[LayerGroup]) -> None:
-    """DDP averages the gradients of what required one when it was made, and of nothing else, without a word."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    scheduled = {id(p) for group in groups for p in group.parameters.values()}
-    gc.collect()  # a wrapper that was thrown away may still stand in a cycle
-    for wrapper in [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]:
-        named = [(name, p) for name, p in wrapper.module.named_parameters() if name not in wrapper.parameters_to_ignore]
-        own = [p for _, p in named if p.requires_grad or id(p) in scheduled]
-        reduced = wrapper._get_ddp_logging_data().get("num_parameter_tensors", len(own))
-        if len(own) > reduced and any(id(p) in scheduled for p in own):
-            raise AdapterError(
-                f"GradualUnfreezing: DistributedDataParallel averages the gradients of {reduced} parameters and "
-                f"{len(own)} will train, because it was made after the rest was frozen. Make it first, with "
-                "find_unused_parameters=True, then GradualUnfreezing."
-            )

@@ -1,5 +1,6 @@
 """Layer groups: the trainable parameters of a model in an ordered list of groups, from input to output."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._core.adapter import Adapter
+from .._core.sharded import settle
 from .._core.targets import Targets, select
 from .._errors import AdapterError
 
@@ -16,6 +18,9 @@ from .._errors import AdapterError
 SCHEDULED: Any = WeakTensorKeyDictionary()
 
 Depth = Callable[[str, nn.Parameter], Any]
+
+
+_models: weakref.WeakKeyDictionary["LayerGroup", "weakref.ref[nn.Module]"] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +39,13 @@ class LayerGroup:
 
     def __repr__(self) -> str:
         return f"LayerGroup({self.name!r}, {sum(p.numel() for p in self.parameters.values()):,})"
+
+
+def settle_groups(groups: Sequence[LayerGroup]) -> None:
+    """The parameters of a group are those that the optimizer has: in a sharded model too these must be registered."""
+    found = {_models[group]() for group in groups if group in _models}
+    for model in filter(None, found):
+        settle(model)
 
 
 def require_groups(where: str, groups: Any) -> None:
@@ -100,6 +112,13 @@ def layer_groups(model: nn.Module, by: int | Sequence[Targets] | Depth | None = 
         >>> peftlib.layer_groups(model, by=["layers.0", ["layers.1", "norm"]])
         [LayerGroup('layers.0', 1,696), LayerGroup('layers.1, norm', 1,728)]
     """
+    settle(model)
+    groups = _grouped(model, by)
+    _models.update(dict.fromkeys(groups, weakref.ref(model)))
+    return groups
+
+
+def _grouped(model: nn.Module, by: int | Sequence[Targets] | Depth | None) -> list[LayerGroup]:
     if not any(trains(p) for p in model.parameters()):
         raise AdapterError(
             f"layer_groups: {type(model).__name__} has no parameter that requires a gradient. Set requires_grad, or "

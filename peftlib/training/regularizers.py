@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._checks import require_at_least
 from .._core.progress import Progress, reported
+from .._core.sharded import is_sharded, local, require_no_units, settle, split_as, summed
 from .._core.targets import Targets, select
 from .._core.walk import in_eval_mode
 from .._errors import AdapterError
@@ -50,6 +51,7 @@ class L2SP(nn.Module):
         require_at_least(0, "beta", beta, say=0.01)
         self.alpha, self.beta = alpha, beta
         self.__dict__["_model"] = model  # no child: a term of the loss owns no weight of the model
+        settle(model)
         self.new = list(_parameters(model, new)) if new else []
         held = {name: p for name, p in _parameters(model, targets).items() if name not in self.new}
         self.start = _values(held)
@@ -59,8 +61,8 @@ class L2SP(nn.Module):
         Tensor: Ω, a scalar in float32 or wider.
         """
         now = _held_now(self._model, "L2SP", self.start, self.new)
-        terms = [_square(now[name] - w0).sum() * (self.alpha / 2) for name, w0 in _named(self.start)]
-        return _total(terms + [_square(now[name]).sum() * (self.beta / 2) for name in self.new])
+        held = [(p, _square(local(p) - w0).sum() * (self.alpha / 2)) for p, w0 in _beside(now, self.start)]
+        return _total(held + [(now[name], _square(local(now[name])).sum() * (self.beta / 2)) for name in self.new])
 
 
 class EWC(nn.Module):
@@ -87,7 +89,7 @@ class EWC(nn.Module):
 
     Raises:
         AdapterError: a target that matches nothing, nothing to hold, no example, losses that are no vector, a negative
-            strength.
+            strength, a model that `fully_shard` has sharded: make it before.
 
     Example:
         >>> import torch, peftlib
@@ -115,6 +117,7 @@ class EWC(nn.Module):
         super().__init__()
         require_at_least(0, "strength", strength, say=100.0)
         self.strength = strength
+        require_no_units(model, "EWC", "Make it before fully_shard, from one process's batches; it then follows")
         self.__dict__["_model"] = model  # no child: a term of the loss owns no weight of the model
         held = _parameters(model, targets)
         self.start = _values(held)
@@ -127,9 +130,9 @@ class EWC(nn.Module):
         """Returns:
         Tensor: Ω, a scalar in float32 or wider.
         """
-        now, start = _held_now(self._model, "EWC", self.start), dict(_named(self.start))
-        terms = [(F * _square(now[name] - start[name])).sum() for name, F in _named(self.fisher)]
-        return _total(terms) * (self.strength / 2)
+        now = _held_now(self._model, "EWC", self.start)
+        both = zip(_beside(now, self.start), _beside(now, self.fisher), strict=True)
+        return _total([(p, (F * _square(local(p) - w0)).sum()) for (p, w0), (_, F) in both]) * (self.strength / 2)
 
 
 def _parameters(model: nn.Module, targets: Targets) -> dict[str, nn.Parameter]:
@@ -167,7 +170,13 @@ def _named(values: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield key, tensor
 
 
+def _beside(now: dict[str, nn.Parameter], values: nn.Module) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each parameter, and what is held of it, as the parameter lies now: it may have been split since."""
+    return ((now[name], local(split_as(tensor, now[name]))) for name, tensor in _named(values))
+
+
 def _held_now(model: nn.Module, where: str, start: nn.Module, new: Iterable[str] = ()) -> dict[str, nn.Parameter]:
+    settle(model)
     now = dict(model.named_parameters())
     shapes = {name: w0.shape for name, w0 in _named(start)}
     gone = [name for name in (*shapes, *new) if name not in now or now[name].shape != shapes.get(name, now[name].shape)]
@@ -183,10 +192,15 @@ def _square(difference: Tensor) -> Tensor:
     return difference.to(torch.promote_types(difference.dtype, torch.float32)).square()
 
 
-def _total(terms: list[Tensor]) -> Tensor:
-    """Their sum; sharded parameters give a sharded term each, and the loss is a plain tensor."""
-    plain: list[Any] = [term.full_tensor() if hasattr(term, "full_tensor") else term for term in terms]  # pyright: ignore
-    return torch.stack([term.to(plain[0].device) for term in plain]).sum()
+def _total(terms: list[tuple[nn.Parameter, Tensor]]) -> Tensor:
+    """The sum of the terms of these parameters; of shards, that over all processes, once for each layout."""
+    by_layout: dict[object, list[tuple[Any, Tensor]]] = {}
+    for p, term in terms:
+        layout = (p.device_mesh, p.placements) if is_sharded(p) else None  # pyright: ignore[reportAttributeAccessIssue]
+        by_layout.setdefault(layout, []).append((p, term))
+    device = terms[0][1].device
+    sums = [summed(torch.stack([term.to(device) for _, term in same]).sum(), same[0][0]) for same in by_layout.values()]
+    return torch.stack(sums).sum()
 
 
 def _fisher(

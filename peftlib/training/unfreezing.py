@@ -8,9 +8,11 @@ from torch import Tensor, no_grad
 from torch.optim import Optimizer
 
 from .._checks import require_whole_number
+from .._core.averaged import require_averaged
+from .._core.sharded import split_as, whole
 from .._errors import AdapterError
-from .frozen import Switch, require_reduced
-from .layer_groups import SCHEDULED, LayerGroup, require_all, require_apart, require_groups
+from .frozen import Switch
+from .layer_groups import SCHEDULED, LayerGroup, require_all, require_apart, require_groups, settle_groups
 from .schedules import Schedule
 from .unfreezing_plan import Plan
 
@@ -77,6 +79,7 @@ class GradualUnfreezing:
         while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
             optimizer = inner  # accelerate and Lightning hand out wrappers
         require_groups("GradualUnfreezing", groups)
+        settle_groups(groups)
         require_apart(groups)
         _require_schedule(schedule)
         if optimizer is not None:
@@ -118,8 +121,11 @@ class GradualUnfreezing:
         """
         if self._removed:
             raise AdapterError("step: this schedule was removed, or another took its place. Call step of that one.")
+        settle_groups(self.groups)
         if not self._checked:
-            require_reduced(self.groups)
+            scheduled = [p for group in self.groups for p in group.parameters.values()]
+            advice = "Make it first, with find_unused_parameters=True, then GradualUnfreezing"
+            require_averaged("GradualUnfreezing", scheduled, advice)
             self._checked = True
         if self._counts is None:
             if metric is None:
@@ -172,7 +178,8 @@ class GradualUnfreezing:
         self._warmup.unscale()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: plain values, and with `restore` the best weights.
+        """What a resumed run needs: plain values, and with `restore` the best weights, whole ones of a sharded model:
+        then every process asks.
 
         Returns:
             dict[str, Any]: for `load_state_dict`.
@@ -196,17 +203,19 @@ class GradualUnfreezing:
         Raises:
             AdapterError: a state of another schedule or of other groups.
         """
-        for key in ("groups", "schedule"):
-            own, found = self.state_dict()[key], state.get(key)
+        for key, own in (("groups", [group.name for group in self.groups]), ("schedule", self.schedule.text)):
+            found = state.get(key)
             if found != own:
                 raise AdapterError(f"load_state_dict: {key}: {found!r} in the state, {own!r} here. Make them equal.")
         self._count, self._stage, self._over = state["count"], state["stage"], state["over"]
         self._warmup.taken = list(state["warmup"])
-        self._best.load_state_dict(state["best"])
+        settle_groups(self.groups)
+        self._best.load_state_dict(state["best"], self._tensors())
         self._freeze_and_unfreeze()
 
     def remove(self) -> None:
         """Ends the schedule: every group unfreezes, and nothing of it is left on model or optimizer."""
+        settle_groups(self.groups)
         for switch in self._switches:
             switch.unfreeze()
         for handle in self._handles:
@@ -267,11 +276,12 @@ class Best:
                 tensors[name].copy_(best)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"metric": self.metric, "since": self.since, "kept": dict(self.kept)}
+        kept = {name: whole(tensor) for name, tensor in self.kept.items()}
+        return {"metric": self.metric, "since": self.since, "kept": kept}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.metric, self.since = state["metric"], state["since"]
-        self.kept = {name: tensor.clone() for name, tensor in state["kept"].items()}
+        self.kept = {name: split_as(tensor.clone(), tensors[name]) for name, tensor in state["kept"].items()}
 
 
 def around_steps(optimizer: Optimizer, before: Callable[[], None], after: Callable[[], None]) -> list[Any]:
