@@ -386,7 +386,7 @@ def is_near(one: Any, other: Any) -> bool:
 
 
 def few() -> list[tuple[str, int]]:
-    return [(way.__name__, 0) for way in WAYS[2]]
+    return [(way.__name__, 0) for way in (ddp, fsdp_root_alone, tensor_parallel)]
 
 
 def many(ranks: int) -> list[tuple[str, int]]:
