@@ -67,7 +67,7 @@ def _what_acts(model: nn.Module) -> list[tuple[Any, ...]]:
 def _state(selection: Selection, name: str) -> str:
     acts = "active" if selection.rows is None else "routed"
     state = "merged" if name in selection.merged else acts if name in selection.active else "off"
-    return with_weight(state, selection.weights.get(name))
+    return with_weight(state, selection.weights.get(name, 1.0))
 
 
 def _kinds(parts: list[Adapter]) -> str:

@@ -45,14 +45,12 @@ def _checked(choice: Mapping[str, float], doing: str) -> dict[str, float]:
 
 
 def blended(own: Tensor, value: Tensor, weight: float | Tensor) -> Tensor:
-    """own + w (value − own), in float32 or wider; what counts or selects has no way between, and is taken as it is."""
-    if not (value.is_floating_point() or value.is_complex()):
-        return value
+    """own + w (value − own), in float32 or wider."""
     wide = torch.promote_types(torch.promote_types(own.dtype, value.dtype), torch.float32)
     own = own.to(wide)
     return own + weight * (value.to(wide) - own)
 
 
-def with_weight(state: str, weight: float | Tensor | None) -> str:
+def with_weight(state: str, weight: float | Tensor) -> str:
     """For people: "active", or "active ×0.7"."""
-    return state if weight is None or weight == 1 or state == "off" else f"{state} ×{float(weight):g}"
+    return state if weight == 1 else f"{state} ×{float(weight):g}"

@@ -218,6 +218,46 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+class Halved(peftlib.Adapter):
+    """A type of someone else's, with a fold alone."""
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((6, 1), 0.5))
+
+    def fold(self, host: Any) -> dict[str, Tensor]:
+        return {"weight": host.weight * self.factor}
+
+
+@pytest.mark.parametrize("kind", [Halved, Full, DoRA, IA3])
+def test_between_the_base_s_output_and_its_own_lies_what_a_weight_gives(kind):
+    """A linear layer is linear in its weight."""
+    torch.manual_seed(0)
+    model = linears(1, 6).double()
+    base = model(x())
+    peftlib.inject(model, "0", kind)
+    own = moved(model)(x())
+    for weight in (0.25, -2.0, 3.0):
+        with peftlib.activate(model, {"default": weight}):
+            torch.testing.assert_close(model(x()), base + weight * (own - base), rtol=0, atol=1e-12)
+            with peftlib.merged(model):
+                torch.testing.assert_close(model(x()), base + weight * (own - base), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_beside_half_precision_the_weight_between_is_rounded_once(dtype):
+    torch.manual_seed(0)
+    model = linears(1, 6).to(dtype)
+    weight = model[0].weight.detach().double()
+    peftlib.inject(model, "0", Full)
+    own = moved(model)[0].adapters["default"].own.weight.detach().double()
+    assert own.float().dtype == torch.float32
+    exact = weight + 0.3 * (own - weight)
+    found = dict(peftlib.merged_state_dict(model, {"default": 0.3}))["0.weight"]
+    unit = torch.finfo(dtype).eps / 2
+    assert ((found.double() - exact).abs() <= unit * exact.abs() + 1e-6).all()
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_compiled_another_weight_is_the_same_graph(name):
     torch.compiler.reset()
