@@ -46,6 +46,8 @@ def tuned(model: nn.Module, *names: str) -> Any:
     for name, tensor in other.state_dict().items():
         if tensor.is_floating_point() and (not names or name in names):
             tensor.add_(torch.randn_like(tensor).abs() * 0.2)
+        elif not names:
+            tensor.add_(7)
     return other
 
 
@@ -111,6 +113,33 @@ def test_tied_weights_are_each_adapted_and_one_key_of_them_is_enough():
     peftlib.extract(model, {"1.weight": other.state_dict()["1.weight"]}, rank=4)
     x = torch.arange(7)
     torch.testing.assert_close(model(x), other(x), rtol=0, atol=1e-12)
+
+
+def test_what_was_tied_and_is_not_any_more_has_a_change_of_its_own_at_each_place():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)).double()
+    model[1].weight = model[0].weight
+    other = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)).double()
+    peftlib.extract(model, other.state_dict(), rank=4)
+    x = torch.arange(7)
+    torch.testing.assert_close(model(x), other(x), rtol=0, atol=1e-12)
+
+
+def test_a_module_under_two_names_is_adapted_once():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4).double()
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    other = tuned(model)
+    errors = peftlib.extract(model, other.state_dict(), rank=4)
+    assert errors.keys() == {"0.weight", "0.bias"}
+    x = torch.randn(3, 4).double()
+    torch.testing.assert_close(model(x), other(x), rtol=0, atol=1e-12)
+
+
+def test_a_base_without_values_is_refused():
+    model = network().to("meta")
+    with refused(model, "extract", "embedding.weight", "meta"):
+        peftlib.extract(model, network().state_dict(), rank=2)
 
 
 def test_other_adapters_of_the_model_stay_and_the_base_is_compared():
