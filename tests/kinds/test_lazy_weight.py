@@ -328,6 +328,13 @@ def test_each_function_of_the_table_has_a_case_here():
 
 # Without a rule
 
+
+def past_functions(run: Callable[[], Tensor]) -> Tensor:
+    """As from C++, below torch's functions."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return run()
+
+
 WHOLE: dict[str, tuple[Read, str]] = {
     "a product of elements": (lambda m, x: F.linear(x, m.weight * 2), "mul"),
     "a power": (lambda m, x: F.linear(x, m.weight**2), "pow"),
@@ -340,6 +347,10 @@ WHOLE: dict[str, tuple[Read, str]] = {
     "the weight with itself": (lambda m, x: F.linear(x, m.weight @ m.weight.t() @ m.weight), "matmul"),
     "a computed property": (lambda m, x: x @ m.weight.H, "H"),
     "an operator of torch": (lambda m, x: torch.ops.aten.mm.default(x, m.weight.t()), "mm"),
+    "an operator from C++ with a keyword": (
+        lambda m, x: x @ past_functions(lambda: torch.add(m.weight, 1.0, alpha=2.0)).t(),
+        "add",
+    ),
     "a map over the stack": (lambda m, x: torch.vmap(lambda w: x @ w.T)(m.stack), ""),
     "a change in place": (lambda m, x: (m.weight.mul_(2), F.linear(x, m.weight))[1], "mul_"),
     "an entry set": (lambda m, x: (m.weight.__setitem__(0, 1.0), F.linear(x, m.weight))[1], "setitem"),
