@@ -53,7 +53,7 @@ coverage: .venv/.with-test .venv/.with-docs
 mutate: .venv/.with-test
 	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tools.mutate --complete \
 	  peftlib/_core/merge.py peftlib/_core/host.py peftlib/files/save_load.py peftlib/kinds/lora.py \
-	  kernels/lora/linear.py kernels/lora/autograd.py kernels/lora/small.py kernels/lora/rows.py kernels/grouped/lora.py
+	  kernels/lora/linear.py kernels/lora/autograd.py kernels/lora/small.py
 
 lint: .venv/.with-lint .venv/.with-test .venv/.with-demo .venv/.with-docs
 	$(BIN)/ruff check .

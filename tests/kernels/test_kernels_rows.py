@@ -25,17 +25,22 @@ IN, OUT = 5, 6
 
 
 class Case:
-    """Operands in float64 that all require a gradient, and the rows in a shuffled order or none."""
+    """Operands that all require a gradient, and the rows in a shuffled order or none."""
 
     def __init__(
-        self, shape: list[tuple[int, int]], shuffled: bool, share: tuple[int, ...] = (3,), one_scale: bool = False
+        self,
+        shape: list[tuple[int, int]],
+        shuffled: bool,
+        share: tuple[int, ...] = (3,),
+        one_scale: bool = False,
+        dtype: torch.dtype = torch.float64,
     ):
         rows = sum(count for count, _ in shape)
-        self.x = torch.randn(rows, *share, IN, dtype=torch.float64, requires_grad=True)
-        self.weight = torch.randn(OUT, IN, dtype=torch.float64, requires_grad=True)
-        self.bias = torch.randn(OUT, dtype=torch.float64, requires_grad=True)
+        self.x = torch.randn(rows, *share, IN, dtype=dtype, requires_grad=True)
+        self.weight = torch.randn(OUT, IN, dtype=dtype, requires_grad=True)
+        self.bias = torch.randn(OUT, dtype=dtype, requires_grad=True)
         self.factors = [
-            torch.randn(size, dtype=torch.float64, requires_grad=True)
+            torch.randn(size, dtype=dtype, requires_grad=True)
             for _, rank in shape if rank for size in ((rank, IN), (OUT, rank))
         ]  # fmt: skip
         scales = tuple((0.5 if one_scale else 0.5 + i) if rank else None for i, (_, rank) in enumerate(shape))
@@ -186,6 +191,27 @@ def test_what_each_element_is_multiplied_by_acts_on_the_way_to_A_alone(shape, sh
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
     if len(shape) == 3 and not shuffled:
         assert torch.autograd.gradgradcheck(lambda *operands: run(*operands).square(), case.operands)
+
+
+@cases
+@orders
+def test_backward_under_autocast_and_of_a_gradient_that_lies_apart_is_the_same(shape, shuffled):
+    case = Case(shape, shuffled, dtype=torch.float32)
+    found = case.run()
+    given = torch.randn(OUT, *found.shape[:-1]).movedim(0, -1)
+    assert not given.is_contiguous()
+    plain = torch.autograd.grad(found, case.operands, given.contiguous(), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = torch.autograd.grad(found, case.operands, given)
+    for one, other in zip(plain, again, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradients_are_laid_out_as_what_they_are_added_to():
+    """Else autograd copies each of them."""
+    case = Case(SHAPES["alike"], shuffled=True)
+    gradients = torch.autograd.grad(case.run().sum(), case.factors)
+    assert [gradient.stride() for gradient in gradients] == [factor.stride() for factor in case.factors]
 
 
 def test_x_is_kept_itself_and_beside_it_only_products_of_the_rank():
