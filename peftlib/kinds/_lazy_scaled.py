@@ -27,7 +27,7 @@ def _times(x: Tensor, gain: Tensor) -> Tensor:
 
 @_scaled(F.linear)
 def _linear(linear: Any, input: Any, weight: Any, bias: Any = None) -> Any:
-    if not is_right_of(input, weight) or weight.stack:
+    if not is_right_of(input, weight):
         return NotImplemented
     if weight.across:
         return linear(_times(input, weight.gain), weight.plain, bias)

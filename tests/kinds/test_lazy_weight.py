@@ -186,6 +186,8 @@ FLOAT32 = {
     "grouped_mm",
     "grouped_mm of a batch",
     "_grouped_mm",
+    "grouped_mm by rows",
+    "grouped_mm of some tokens",
 }  # torch has no other grouped product
 LIMITS = dict.fromkeys(FLOAT32, 1e-5) | {"half": 1e-2, "bfloat16": 8e-2}  # a hundred roundings, and ten
 
@@ -237,7 +239,9 @@ WITHOUT_A_GAIN = {
     "baddbmm", "einsum with a stack", "einsum of three", "einsum of a batch", "einsum to a sum", "rows of all",
     "rows and columns", "columns behind dots", "chunks of a stack's rows", "a split of experts", "a tensor_split",
     "select", "narrow columns", "index_select", "swapaxes", "swapdims", "permute", "permute by a list", "view",
-    "reshape", "matmul of a vector", "grouped_mm of a batch",
+    "reshape", "matmul of a vector", "grouped_mm of a batch", "linear of the weight", "an expert with another",
+    "grouped_mm of the weight", "rows of an expert by their numbers", "rows of an expert", "rows by a mask",
+    "unbind of rows", "unbind of an expert", "rows before experts",
 }  # fmt: skip
 ON_STACKS = {name: read for name, read in RULES.items() if "stack" in read.__code__.co_names} | {
     "mT": lambda m, x: x @ m.stack[2].mT,
@@ -251,7 +255,21 @@ ON_STACKS = {name: read for name, read in RULES.items() if "stack" in read.__cod
     "matmul of a vector": lambda m, x: (m.stack @ x[0], out_of(x)[0] @ m.stack),
     "a cast of a stack": lambda m, x: (x.float() @ m.stack.float().mT).double(),
     "select": lambda m, x: F.linear(x, m.stack.select(0, 2)),
+    "linear of the weight": lambda m, x: F.linear(m.stack[1], x),
+    "an expert with another": lambda m, x: x @ (m.stack[0].t() @ m.stack[1]).t(),
+    "grouped_mm by rows": lambda m, x: GROUPED(out_of(x).float(), m.stack.float(), offs=offsets()).double(),
+    "grouped_mm of the weight": lambda m, x: GROUPED(m.stack[1].float(), stacked(x)[:, :4].float(), offs=BOTH).double(),
+    "grouped_mm of some tokens": lambda m, x: GROUPED(x.float(), m.stack.float().mT, offs=offsets() - 1)[:4].double(),
+    "rows of an expert by their numbers": lambda m, x: x + m.stack[1][torch.tensor([1, 1, 0, 5, 2])],
+    "rows of an expert": lambda m, x: x @ m.stack[1][2:4].t(),
+    "rows before experts": lambda m, x: x.sum() * m.stack.transpose(0, 1),
+    "a cast by a keyword": lambda m, x: F.linear(x.float(), m.stack[1].to(dtype=torch.float32)).double(),
+    "unbind of rows": lambda m, x: [x @ each.t() for each in m.stack.unbind(1)],
+    "unbind of an expert": lambda m, x: [x @ each for each in m.stack[1].unbind()],
+    "unbind counted from the end": lambda m, x: [F.linear(x, each) for each in m.stack.unbind(-3)],
+    "rows by a mask": lambda m, x: x.sum() * m.stack[torch.arange(E * OUT).view(E, OUT) > 3],
 }
+BOTH = torch.tensor([3, 3, OUT], dtype=torch.int32)
 
 
 def gained(read: Read) -> tuple[Any, Any, Tensor]:
@@ -660,6 +678,17 @@ def test_other_adapters_around_it_read_the_changed_weight():
     assert all(p.grad.abs().max() > 0 for p in peftlib.parameters(model))
     with peftlib.merged(model):
         assert_equal(live, model(x))
+
+
+@pytest.mark.parametrize("name", ["one expert", "bmm", "matmul from the left", "linear of a transpose"])
+def test_a_gain_beside_half_precision_gives_half_precision(name):
+    model, reader, x = gained(ON_STACKS[name])
+    model[0].bfloat16()
+    for _, _, part in peftlib.adapters(model):
+        part.float()
+    y = model(x.detach().bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert (y.double() - reader(x)).abs().max() <= 0.1 * y.abs().max()  # eight roundings
 
 
 def test_half_of_a_gain_s_effect_is_half_of_the_change():
