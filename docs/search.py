@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import random
 from pathlib import Path
 
 import demo
@@ -40,17 +41,18 @@ class Search:
         self.bar = tqdm(total=options.trials, unit="trial", desc="search")
 
     def opened(self) -> optuna.Study:
-        # Two processes share the study; one that starts with another seed suggests other values.
-        sampler = optuna.samplers.TPESampler(seed=self.options.seed, n_startup_trials=12, constant_liar=True)
         steps = [self.options.steps // 4, self.options.steps // 2]
-        return optuna.create_study(
+        study = optuna.create_study(
             study_name="search",
             storage=f"sqlite:///{self.options.name}.db",
-            sampler=sampler,
             pruner=peftlib.search.Halving(steps),
             direction="maximize",
             load_if_exists=True,
         )
+        # A sampler keeps no place in its numbers: from the same seed, a process that starts later draws the same again.
+        seed = random.Random(f"{self.options.seed} {self.options.process} {len(study.trials)}").getrandbits(32)
+        study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=12, constant_liar=True)
+        return study
 
     def suggest(self, trial: optuna.Trial, name: str) -> None:
         self.show()
