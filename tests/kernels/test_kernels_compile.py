@@ -52,12 +52,15 @@ CASES = (
 )  # fmt: skip
 
 
-def assert_fits(target: str, name: str, kernel: Compiled, rank: int = 16) -> None:
+def assert_fits(target: str, name: str, kernel: Compiled, rank: int = 16, few: bool = False) -> None:
+    """With `few` rows a tile of g or h has fewer elements than there are threads times 8, so some are loaded alone."""
     print(f"{target:7} {name:15} {kernel}")
     assert kernel.spilled == 0, "registers spilled"
     assert kernel.shared <= SHARED_LIMIT[target], "more shared memory than the device has"
     assert kernel.atomics == 0, "sums would come in any order"
-    if rank % 8 == 0:  # else the rows of a skinny operand do not begin at 16 bytes
+    if few and name.startswith("grouped"):
+        assert kernel.narrow_loads <= 3
+    elif rank % 8 == 0:  # else the rows of a skinny operand do not begin at 16 bytes
         assert kernel.narrow_loads == (name == "expand" and target != "gfx942"), "two-byte loads, beside a tile's bias"
     if name not in ("sum", "grouped_sum"):
         assert kernel.matrix > 0, "no matrix instruction"
@@ -133,7 +136,7 @@ def test_kernels_fit_at_every_rank_and_size(target, rows, rank):
         if op == "backward_y" and not tiles.backward_y_pays(rank):
             continue
         for name, kernel in compile_launches(op, target, *arguments(op, rank, p, rows=rows)).items():
-            assert_fits(target, name, kernel, rank)
+            assert_fits(target, name, kernel, rank, few=rows < 16)
 
 
 @pytest.mark.parametrize(("capability", "columns", "stages"), [
