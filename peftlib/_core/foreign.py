@@ -79,6 +79,12 @@ def tokens_in_cache(arguments: Mapping[str, Any]) -> int | None:
                 f"be counted wrongly. Known are {', '.join(_CACHES)}; call the model without a cache."
             )
     caches = [arguments[name] for name in _CACHES if arguments.get(name) is not None]
+    for cache in caches:
+        if not hasattr(cache, "get_seq_length") and not hasattr(cache, "has_previous_state"):
+            raise AdapterError(
+                f"{type(cache).__name__}: this cache does not say how many tokens it holds, so they would be counted "
+                "wrongly. Call the model with use_cache=False."
+            )
     length = max([0, *[int(_asked(cache, "get_seq_length")) for cache in caches]])
     return None if not length and any(_asked(cache, "has_previous_state") for cache in caches) else length
 

@@ -279,6 +279,16 @@ def test_calls_that_are_refused(name, more, names):
         model(**{**inputs_of(name), **more})
 
 
+class StatesOfLayers:
+    """A cache that counts nothing, as xLSTM's."""
+
+
+def test_a_cache_that_does_not_say_how_many_tokens_it_holds_is_refused():
+    model, _ = prompted(BY_NAME["llama"])
+    with refused(model, "StatesOfLayers"):
+        model(input_ids=torch.tensor([[1, 2]]), past_key_values=StatesOfLayers())
+
+
 def test_a_cache_that_was_filled_without_the_prompt_is_refused():
     model, _ = prompted(BY_NAME["llama"])
     tokens = torch.arange(3, 10)[None]
