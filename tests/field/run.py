@@ -168,7 +168,7 @@ def main() -> None:
     sweep(names[:: options.workers], options.cache / "0.jsonl", options.seconds, options.gigabytes)
     for child in children:
         os.waitpid(child, 0)
-    page = table.page(options.cache)
+    page = table.page(options.cache, len(families.names()))
     (options.table or options.cache / "table.md").write_text(page)
     sys.exit(bool(table.wrongs(options.cache)))
 

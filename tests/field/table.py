@@ -86,15 +86,15 @@ def summary(found: list[Record]) -> str:
     return ("wrong: " + "; ".join(wrong) if wrong else "right") + (" (cut)" if any("cut" in r for r in found) else "")
 
 
-def page(path: Path) -> str:
-    """The whole page, in Markdown; lists stand in blocks that are opened by a click."""
+def page(path: Path, known: int) -> str:
+    """The whole page, in Markdown; lists stand in blocks that are opened by a click. `known`: how many there are."""
     found = records(path)
     built, unbuilt = [record for record in found if record["kind"]], [r for r in found if "unbuilt" in r]
     versions = ", ".join(sorted({record.get("torch", torch.__version__) for record in found}))
     lines = [
         _INTRODUCTION,
-        f"Run with torch {versions} and transformers {transformers.__version__}: "
-        f"{len({r['name'] for r in built})} architectures built, {len({r['name'] for r in unbuilt})} not.", "",
+        f"Run with torch {versions} and transformers {transformers.__version__}, on {len({r['name'] for r in found})} "
+        f"of {known}: {len({r['name'] for r in built})} were built, {len({r['name'] for r in unbuilt})} not.", "",
         *_kinds(built), *_wrong(found), *_refused(built), *_unbuilt(unbuilt), *_built(built),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
