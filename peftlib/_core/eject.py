@@ -136,4 +136,4 @@ def _take_out(model: nn.Module, name: str | None, *, keep_buffers: bool) -> None
         if not adapted:
             unfreeze_base(model, keep_buffers=keep_buffers)
         forget_lost(model, name)
-    leave_units(model)
+        leave_units(model)

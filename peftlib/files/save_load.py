@@ -15,7 +15,7 @@ from .._core.host import parts
 from .._core.inject import Placed, install, require_changeable, require_free, require_name
 from .._core.lost import require_all_there
 from .._core.refill import refill, require_refillable
-from .._core.sharded import is_sharded, settle, shard_as_hosts, whole
+from .._core.sharded import is_sharded, leave_units, settle, shard_as_hosts, whole
 from .._core.walk import adapters, hosts, require
 from .._errors import AdapterError
 from .container import Path, header_of, opened, read_tensor, require_unchanged, write
@@ -194,11 +194,20 @@ def load(
         fill(placed, tensors.__getitem__, os.fspath(path))
         require_unchanged(file, tensors, path)
     if into is None:
-        shard_as_hosts(model, placed)
-        install(model, placed, freeze=True)
+        _install(model, placed)
     else:
         refill(model, into, placed, os.fspath(path))
     return list(header["hosts"])
+
+
+def _install(model: nn.Module, placed: list[Placed]) -> None:
+    """Units that gather shards know the newcomers before they are in, and forget them if they do not come."""
+    shard_as_hosts(model, placed)
+    try:
+        install(model, placed, freeze=True)
+    except BaseException:
+        leave_units(model)
+        raise
 
 
 def _made(model: nn.Module, header: Header, name: str | None, into: str | None, path: Path) -> list[Placed]:
