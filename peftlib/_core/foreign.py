@@ -52,6 +52,16 @@ def _rescales(module: Any) -> bool:
     return 0 < getattr(module.config, every, 0) < len(getattr(module, blocks))
 
 
+# Attributes in which modules of timm keep, in eval mode, what they made of a parameter.
+_CACHES_OF_WEIGHTS = ("attention_bias_cache",)
+
+
+def cache_of_weights(module: nn.Module) -> str | None:
+    """The attribute in which a module keeps values of its weights from call to call: they would outlive an adapter that
+    is switched off or changed."""
+    return next((name for name in _CACHES_OF_WEIGHTS if isinstance(module.__dict__.get(name), dict)), None)
+
+
 # Classes whose forward moves buffers in training, and one of these buffers.
 STATISTICS: dict[type[nn.Module], str] = {_NormBase: "running_mean", _SpectralNorm: "_u"}
 

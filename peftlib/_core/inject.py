@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._errors import AdapterError
-from .adapter import Adapter, full_config, takes_keyword
+from .adapter import Adapter, can_be_merged, full_config, takes_keyword
 from .averaged import require_outside
 from .clone import clone
-from .foreign import fast_paths_around, present, require_steady
+from .foreign import cache_of_weights, fast_paths_around, present, require_steady
 from .freeze import freeze_base, statistics_held
 from .guesses import require_keywords, require_kind
 from .host import (
@@ -194,6 +194,7 @@ def build(part: Part, name: str, on_meta: bool = False) -> Placed:
     try:
         adapter = _made(part._replace(config=config), None if seed is None else derived(*place), on_meta)
         adapter.config = full_config(part.kind, config)
+        _require_no_cache(part.host, adapter)
     except AdapterError as error:
         raise AdapterError(f"cannot put {part.kind.__name__} into {part.host_name or 'the root'}: {error}") from None
     if seed is not None:
@@ -218,6 +219,15 @@ def _made(part: Part, start: int | None, on_meta: bool) -> Adapter:
     device = next((parameter.device for parameter in part.host.parameters()), torch.device("cpu"))
     with drawing_from(start, device):
         return make(part)
+
+
+def _require_no_cache(host: nn.Module, adapter: Adapter) -> None:
+    cache = cache_of_weights(host)
+    if cache is not None and can_be_merged(adapter):
+        raise AdapterError(
+            f"{type(host).__name__} keeps what it made of its weights in eval mode, in `{cache}`, and would use it "
+            "with the adapter off. Target the modules inside it."
+        )
 
 
 def _on_host(part: Part) -> Adapter:

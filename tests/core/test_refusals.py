@@ -1043,3 +1043,28 @@ def test_a_folder_that_is_not_there(tmp_path):
     path = tmp_path / "nowhere" / "adapter.safetensors"
     with pytest.raises((AdapterError, OSError), match=r"nowhere"):
         peftlib.save(adapted()(), path)
+
+
+class CachedBias(nn.Module):
+    """As attention in timm's TinyViT: what it makes of a weight in eval mode is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 4)
+        self.attention_biases = nn.Parameter(torch.randn(4, 4))
+        self.attention_bias_cache: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.attention_biases[:, [0, 1, 2, 3]] if self.training else self.attention_bias_cache.get("cpu")
+        if bias is None:
+            bias = self.attention_bias_cache["cpu"] = self.attention_biases[:, [0, 1, 2, 3]]
+        return self.qkv(x) + bias.sum(0)
+
+
+@pytest.mark.parametrize("kind", [LoRA, DoRA, Full])
+def test_a_module_that_keeps_what_it_made_of_its_weights(kind):
+    model = nn.Sequential(CachedBias())
+    with refused(model, "0", "CachedBias", "attention_bias_cache"):
+        peftlib.inject(model, "0", kind, **({} if kind is Full else {"param": "attention_biases", "rank": 2}))
+    assert peftlib.inject(model, "qkv", kind) == ["0.qkv"]
+    assert peftlib.inject(model, "0", peftlib.Bottleneck, dim=4, name="around") == ["0"]
