@@ -195,12 +195,13 @@ def _row(environment: Environment, result: Result | None, width: int) -> str:
         cells = [environment["says"], environment["python"], "not run here"]
         return f"| {' | '.join([*cells, *[''] * (width - len(cells))])} |"
     found = [result["versions"][name].partition("+")[0] for name in ("python", *DATA["shown"])]
-    counts = [_cell(result["parts"].get(part)) for part in DATA["parts"]]
+    own = parts_of(environment)
+    counts = [_cell(result["parts"].get(part)) if part in own else "" for part in DATA["parts"]]
     return f"| {' | '.join([environment['says'], *found, *counts])} |"
 
 
 def _cell(counts: Result | None) -> str:
-    return " / ".join(f"{counts[key]:,}" for key in ("passed", "failed", "skipped")) if counts else ""
+    return " / ".join(f"{counts[key]:,}" for key in ("passed", "failed", "skipped")) if counts else "not run"
 
 
 def _spans(results: list[Result]) -> str:
