@@ -76,7 +76,7 @@ def made(environment: Environment, folder: Path) -> Path:
     subprocess.run([interpreter(environment["python"]) or "python", "-m", "venv", folder], check=True)
     listed = folder / "constraints.txt"
     listed.write_text("\n".join(constraints(environment)) + "\n")
-    pip = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     linked = environment["python"] == OWN
     names = [*environment.get("pins", ()), *environment.get("newest", ()), "setuptools"]
     names = names if linked else declared(environment)
