@@ -72,6 +72,8 @@ class Plan:
         style = 'font-family="sans-serif" font-size="12" fill="#222"'
         return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
 
+    _repr_svg_ = svg
+
     def save(self, path: str | Path) -> None:
         """Writes the picture to an SVG file.
 

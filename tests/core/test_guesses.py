@@ -191,7 +191,7 @@ def test_a_compiled_model_is_adapted_before():
 
 
 @pytest.mark.parametrize("act", [peftlib.activate, peftlib.train_only, peftlib.merge, peftlib.view])
-@pytest.mark.parametrize("wrong", [["default"], {"default": 1}, LoRA, 3], ids=str)
+@pytest.mark.parametrize("wrong", [["default"], ("default",), LoRA, 3], ids=str)
 def test_a_list_is_no_name(act, wrong):
     model = linears()
     peftlib.inject(model, "0", LoRA, rank=2)

@@ -194,7 +194,7 @@ def test_what_has_no_effect_to_scale_takes_no_weight_but_1_and_0(make, kind):
 
 
 def test_a_type_with_a_forward_of_its_own_says_itself_that_it_takes_a_weight():
-    class Shift(peftlib.Adapter):
+    class ShiftWithAWeight(peftlib.Adapter):
         def __init__(self, host: nn.Module) -> None:
             super().__init__()
             self.shift = nn.Parameter(torch.ones(6, dtype=torch.float64))
@@ -203,8 +203,8 @@ def test_a_type_with_a_forward_of_its_own_says_itself_that_it_takes_a_weight():
             return call(*args, **kwargs) + self.shift
 
     model = linears(1, 6).double()
-    peftlib.inject(model, "0", Shift)
-    with refused(model, "default", "Shift"):
+    peftlib.inject(model, "0", ShiftWithAWeight)
+    with refused(model, "default", "ShiftWithAWeight"):
         peftlib.activate(model, {"default": 0.5})
 
 

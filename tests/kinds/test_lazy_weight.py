@@ -99,6 +99,12 @@ def out_of(x: Tensor) -> Tensor:
     return x @ torch.linspace(-1, 1, IN * OUT, dtype=x.dtype).view(IN, OUT)
 
 
+def of_some_tokens(x: Tensor, stack: Any) -> Tensor:
+    """Of a token that no offset covers torch leaves the row, and its gradient, as it found the memory: none is read."""
+    uncovered = torch.cat([x[:-1], torch.zeros_like(x[-1:])])
+    return GROUPED(uncovered, stack, offs=offsets() - 1)[:-1]
+
+
 def offsets() -> Tensor:
     return torch.tensor(OFFSETS, dtype=torch.int32)
 
@@ -259,7 +265,7 @@ ON_STACKS = {name: read for name, read in RULES.items() if "stack" in read.__cod
     "an expert with another": lambda m, x: x @ (m.stack[0].t() @ m.stack[1]).t(),
     "grouped_mm by rows": lambda m, x: GROUPED(out_of(x).float(), m.stack.float(), offs=offsets()).double(),
     "grouped_mm of the weight": lambda m, x: GROUPED(m.stack[1].float(), stacked(x)[:, :4].float(), offs=BOTH).double(),
-    "grouped_mm of some tokens": lambda m, x: GROUPED(x.float(), m.stack.float().mT, offs=offsets() - 1)[:4].double(),
+    "grouped_mm of some tokens": lambda m, x: of_some_tokens(x.float(), m.stack.float().mT).double(),
     "rows of an expert by their numbers": lambda m, x: x + m.stack[1][torch.tensor([1, 1, 0, 5, 2])],
     "rows of an expert": lambda m, x: x @ m.stack[1][2:4].t(),
     "rows before experts": lambda m, x: x.sum() * m.stack.transpose(0, 1),
