@@ -15,8 +15,8 @@ from subject import Subject, changes, projected, state
 
 import peftlib
 
-FAST = ["shelf/resnet", "hf/gpt2"]
-LANGUAGE = ["hf/bert", "hf/t5", "hf/whisper", "hf/clip", "hf/mamba2", "hf/qwen3_moe"]
+FAST = ["shelf/resnet"]
+LANGUAGE = ["hf/gpt2", "hf/bert", "hf/t5", "hf/whisper", "hf/clip", "hf/mamba2", "hf/qwen3_moe"]
 VISION = [
     "timm/resnet18", "timm/convnext_tiny", "timm/efficientnet_b0", "timm/swin_tiny_patch4_window7_224",
     "timm/vit_tiny_patch16_224",
