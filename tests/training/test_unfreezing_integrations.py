@@ -98,7 +98,10 @@ def train_with_the_trainer(folder: Path, optimizer_name: str, resume: int = 0) -
 
 
 @feature("Trainer: gradual unfreezing of any model, resumed from every step to the bit")
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "sgd"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["adamw_torch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw_torch_fused", "sgd"))],
+)
 def test_in_the_trainer_a_resumed_run_is_the_same_to_the_bit_from_every_step(optimizer, tmp_path):
     whole = train_with_the_trainer(tmp_path, optimizer)
     for stop in range(1, STEPS):
