@@ -12,6 +12,8 @@ from .._core.adapter import Adapter, trainable_dtype
 from .._errors import AdapterError
 from ._prompt_inputs import cut, lengthened
 
+_SECOND_EMBEDDING = "embed_tokens_per_layer"  # of Gemma 3n and 4, which find the tokens again from inputs_embeds
+
 
 class Prompt(Adapter):
     r"""Prompt tuning (Lester et al. 2021): learned vectors in front of the embedded tokens.
@@ -124,6 +126,11 @@ def _inputs_of(host: nn.Module) -> tuple[str, ...]:
         raise AdapterError(
             f"{type(host).__name__} has an encoder and a decoder, and generation calls the encoder alone. Target the "
             "encoder, or use Prefix."
+        )
+    if any(getattr(module, _SECOND_EMBEDDING, None) is not None for module in host.modules()):
+        raise AdapterError(
+            f"{type(host).__name__} looks its tokens up in a second embedding too ({_SECOND_EMBEDDING}), which has no "
+            "row for learned vectors. Use Prefix."
         )
     return names
 

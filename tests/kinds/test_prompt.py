@@ -327,3 +327,22 @@ def test_saved_and_loaded_the_output_is_identical(tmp_path):
     assert torch.equal(fresh(**inputs).logits, model(**inputs).logits)
     peftlib.eject(fresh)
     assert torch.equal(fresh(**inputs).logits, animal.make(torch.float64)(**inputs).logits)
+
+
+class TwoEmbeddings(nn.Module):
+    """As Gemma 3n and 4: each layer adds what a second embedding has for the token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens, self.embed_tokens_per_layer = nn.Embedding(5, 4), nn.Embedding(5, 4)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        return self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+
+
+def test_a_model_with_a_second_embedding_of_its_tokens_is_refused():
+    with refused(model := nn.Sequential(TwoEmbeddings()), "TwoEmbeddings", "embed_tokens_per_layer"):
+        peftlib.inject(model, "0", peftlib.Prompt, length=2)
