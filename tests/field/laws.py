@@ -109,11 +109,38 @@ def each_adapter_runs(case: Case) -> None:
     every = [(name, adapter) for name, _, adapter in peftlib.adapters(model)]
     for _, adapter in every:
         adapter.register_forward_pre_hook(lambda module, _: ran.add(id(module)))
+    own = {
+        name: [p for p in host._parameters.values() if p is not None and _can_train(p)] for name, host in _named(model)
+    }
+    for parameter in (p for each in own.values() for p in each):
+        parameter.requires_grad_(True)
     output = [tensor for tensor in case.subject.run(model) if tensor.requires_grad]
     grads = _gradients(output, [adapter for _, adapter in every])
-    inert = [name for name, a in every if id(a) not in ran | grads and _is_read(case, name, a)]
+    met = _reached(output, own)  # of a mixture with adapters in, other experts are chosen than in the base
+    inert = [name for name, a in every if id(a) not in ran | grads and name in met and _is_read(case, name, a)]
     if inert:
         raise Wrong(f"{len(inert)} of {len(every)} did not run, though their weights are read: {', '.join(inert[:6])}")
+
+
+def _named(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, model.get_submodule(name)) for name in dict.fromkeys(name for name, *_ in peftlib.adapters(model))]
+
+
+def _can_train(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def _of(output: list[Tensor], tensors: list[Tensor]) -> tuple[Tensor | None, ...]:
+    if not output or not tensors:
+        return ()
+    return torch.autograd.grad(projected(output), tensors, allow_unused=True, retain_graph=True)
+
+
+def _reached(output: list[Tensor], own: dict[str, list[Tensor]]) -> set[str]:
+    """The hosts of whose own weights one has a part in the output."""
+    pairs = [(name, p) for name, each in own.items() for p in each]
+    found = _of(output, [p for _, p in pairs])
+    return {name for (name, _), gradient in zip(pairs, found, strict=False) if gradient is not None}
 
 
 def _is_read(case: Case, host_name: str, adapter: Any) -> bool:
@@ -129,7 +156,7 @@ def _hosts_read(subject: Subject) -> set[str]:
 
 def _gradients(output: list[Tensor], adapters: list[Any]) -> set[int]:
     wanted = [(id(a), p) for a in adapters for p in a.parameters()]
-    found = torch.autograd.grad(projected(output), [p for _, p in wanted], allow_unused=True) if output else []
+    found = _of(output, [p for _, p in wanted])
     return {key for (key, _), gradient in zip(wanted, found, strict=False) if gradient is not None}
 
 
