@@ -2,7 +2,9 @@
 
 import contextlib
 import inspect
+import itertools
 import types
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -60,6 +62,33 @@ def cache_of_weights(module: nn.Module) -> str | None:
     """The attribute in which a module keeps values of its weights from call to call: they would outlive an adapter that
     is switched off or changed."""
     return next((name for name in _CACHES_OF_WEIGHTS if isinstance(module.__dict__.get(name), dict)), None)
+
+
+_entries: weakref.WeakKeyDictionary[type, str | None] = weakref.WeakKeyDictionary()
+
+
+def other_entry(cls: type[nn.Module]) -> str | None:
+    """A method, beside forward, by which a layer derived from one of torch's runs torch's forward: what calls it passes
+    an adapter by, and not a merged weight. (ProphetNet's positions have such a one.)"""
+    if cls not in _entries:
+        _entries[cls] = _other_entry(cls)
+    return _entries[cls]
+
+
+def _other_entry(cls: type[nn.Module]) -> str | None:
+    above = [base for base in cls.__mro__ if issubclass(base, nn.Module)]
+    own = list(itertools.takewhile(lambda base: not base.__module__.startswith("torch."), above))
+    if len(own) == len(above) or above[len(own)] is nn.Module:
+        return None
+    methods = ((name, item) for base in own for name, item in vars(base).items() if inspect.isfunction(item))
+    return next((name for name, item in methods if name != "forward" and "super().forward(" in _source(item)), None)
+
+
+def _source(function: Any) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""
 
 
 # Classes whose forward moves buffers in training, and one of these buffers.

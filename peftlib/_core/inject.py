@@ -12,13 +12,14 @@ from .._errors import AdapterError
 from .adapter import Adapter, can_be_merged, full_config, takes_keyword
 from .averaged import require_outside
 from .clone import clone
-from .foreign import cache_of_weights, fast_paths_around, present, require_steady
+from .foreign import cache_of_weights, fast_paths_around, other_entry, present, require_steady
 from .freeze import freeze_base, statistics_held
 from .guesses import require_keywords, require_kind
 from .host import (
     Adapters,
     all_or_nothing,
     attach,
+    base_type,
     is_host,
     put,
 )
@@ -194,7 +195,7 @@ def build(part: Part, name: str, on_meta: bool = False) -> Placed:
     try:
         adapter = _made(part._replace(config=config), None if seed is None else derived(*place), on_meta)
         adapter.config = full_config(part.kind, config)
-        _require_no_cache(part.host, adapter)
+        _require_followed(part.host, adapter)
     except AdapterError as error:
         raise AdapterError(f"cannot put {part.kind.__name__} into {part.host_name or 'the root'}: {error}") from None
     if seed is not None:
@@ -221,9 +222,17 @@ def _made(part: Part, start: int | None, on_meta: bool) -> Adapter:
         return make(part)
 
 
-def _require_no_cache(host: nn.Module, adapter: Adapter) -> None:
-    cache = cache_of_weights(host)
-    if cache is not None and can_be_merged(adapter):
+def _require_followed(host: nn.Module, adapter: Adapter) -> None:
+    """That a changed weight acts in the calls of this module, and nowhere else."""
+    if not can_be_merged(adapter):
+        return
+    entry, cache = other_entry(base_type(type(host))), cache_of_weights(host)
+    if entry is not None:
+        raise AdapterError(
+            f"{type(host).__name__} is called by `{entry}` too, past its forward, where an adapter would not act and a "
+            "merged weight would. Exclude it."
+        )
+    if cache is not None:
         raise AdapterError(
             f"{type(host).__name__} keeps what it made of its weights in eval mode, in `{cache}`, and would use it "
             "with the adapter off. Target the modules inside it."

@@ -1068,3 +1068,21 @@ def test_a_module_that_keeps_what_it_made_of_its_weights(kind):
         peftlib.inject(model, "0", kind, **({} if kind is Full else {"param": "attention_biases", "rank": 2}))
     assert peftlib.inject(model, "qkv", kind) == ["0.qkv"]
     assert peftlib.inject(model, "0", peftlib.Bottleneck, dim=4, name="around") == ["0"]
+
+
+class Positions(nn.Embedding):
+    """As ProphetNet's: called as a layer, and by a method of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+    def later(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + 1)
+
+
+@pytest.mark.parametrize("kind", [LoRA, DoRA, Full])
+def test_a_layer_with_another_entry_than_its_forward(kind):
+    model = nn.Sequential(Positions(6, 4))
+    with refused(model, "0", "Positions", "later"):
+        peftlib.inject(model, "0", kind)
+    assert peftlib.inject(model, "0", peftlib.Bottleneck, width=2) == ["0"]
