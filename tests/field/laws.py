@@ -282,6 +282,11 @@ def trained_and_ejected_is_the_base(case: Case) -> None:
         optimizer.step()
     peftlib.eject(model)
     left = changes(before, state(model))
+    if left:  # RWKV writes to its weights when it comes from eval to train mode: then the base that was called so too
+        called = _held(case.subject.fresh(train=True))
+        case.subject.run(called)
+        also = changes(state(called), state(model))
+        left = [key for key in left if key in also]
     by_itself = [key for key in left if key.startswith("class of")]
     if left and left != by_itself:
         raise Wrong(f"{len(left)} differ: {', '.join(key for key in left if key not in by_itself)[:200]}")
