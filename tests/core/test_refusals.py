@@ -1073,11 +1073,11 @@ def test_a_module_that_keeps_what_it_made_of_its_weights(kind):
 class Positions(nn.Embedding):
     """As ProphetNet's: called as a layer, and by a method of its own."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input)
 
-    def later(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x + 1)
+    def later(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input + 1)
 
 
 @pytest.mark.parametrize("kind", [LoRA, DoRA, Full])
