@@ -11,7 +11,7 @@ from .._core.adapter import Adapter
 from .._core.eject import eject
 from .._core.inject import inject
 from .._core.targets import Targets
-from .._core.walk import adapters, all_hosts, require
+from .._core.walk import adapters, all_hosts
 from .._errors import AdapterError
 
 Part = tuple[Targets, type[Adapter], Mapping[str, Any]]
@@ -32,18 +32,29 @@ def placed_aside(model: nn.Module, name: str, parts: list[Part], seed: int) -> I
     """The adapters by host. If the block raises, the model is as it was.
 
     What acts is switched off meanwhile, for copies of one weight that act together are refused."""
-    before = require(model).active if _has_hosts(model) else ()
-    _act(model, ())
+    with _switched_off(model):
+        try:
+            for targets, kind, keywords in parts:
+                inject(model, targets, kind, name=name, seed=seed, **keywords)
+            yield [(host_name, adapter) for host_name, _, adapter in adapters(model, name)]
+        except BaseException:
+            if any(True for _ in adapters(model, name)):
+                eject(model, name)
+            raise
+
+
+@contextlib.contextmanager
+def _switched_off(model: nn.Module) -> Iterator[None]:
+    """What acted before comes back, with its weights; what came in meanwhile is off."""
+    if _has_hosts(model):
+        with activate(model):
+            yield
+        return
     try:
-        for targets, kind, keywords in parts:
-            inject(model, targets, kind, name=name, seed=seed, **keywords)
-        yield [(host_name, adapter) for host_name, _, adapter in adapters(model, name)]
-    except BaseException:
-        if any(True for _ in adapters(model, name)):
-            eject(model, name)
-        raise
+        yield
     finally:
-        _act(model, before)
+        if _has_hosts(model):
+            activate(model)
 
 
 def _is_part(part: Any) -> bool:
@@ -52,8 +63,3 @@ def _is_part(part: Any) -> bool:
 
 def _has_hosts(model: nn.Module) -> bool:
     return any(True for _ in all_hosts(model))
-
-
-def _act(model: nn.Module, names: tuple[str, ...]) -> None:
-    if _has_hosts(model):
-        activate(model, *names)

@@ -221,6 +221,18 @@ def test_outside_the_calls_the_model_is_the_base():
     assert [*model.state_dict()] == [*before]
 
 
+def test_the_weight_with_which_an_adapter_acts_is_the_same_behind_a_new_trial():
+    model = base()
+    peftlib.inject(model, "q_proj", LoRA, rank=2, name="own")
+    peftlib.activate(model, {"own": 0.5})
+    before = peftlib.summary(model).rows
+    assert {row.weight for row in before} == {0.5}
+    added(model, {"lora": SETTINGS["lora"]})
+    assert [row for row in peftlib.summary(model).rows if row.name == "own"] == [*before]
+    with refused(model, "nowhere"):
+        Trials(model).add("a", ("nowhere", LoRA, {"rank": 2}), optimizer=sgd, seed=0)
+
+
 def test_what_acted_before_acts_afterwards_and_in_no_trial():
     model = base().eval()
     plain = added(base().eval(), {"a": SETTINGS["full"]})
