@@ -1,6 +1,5 @@
 """LoRA: trainable low-rank factors beside a frozen weight."""
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from .._core.override import tensors_of, weight_of
 from .._core.quantized import not_real_as, weight_shape
 from .._errors import AdapterError
 from ..kernels import dropped, join_pairs, lora_add, lora_embedding, lora_linear
+from ..kernels.dispatch import without_autocast
 from ._lazy_hosts import is_lazily_read, shows_input
 from ._lora_rows import LoRARows
 from ._low_rank import (
@@ -266,7 +266,7 @@ class LoRA(Adapter):
     def _in_one_product(self, weight: Tensor, scale: float) -> Tensor:
         """256x256 at rank 8: 18 µs, where product, scale and sum take 36 and make three matrices."""
         wide = torch.promote_types(torch.promote_types(weight.dtype, self.lora_A.dtype), torch.float32)
-        with _full_precision(weight):
+        with without_autocast(weight):
             return torch.addmm(weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=scale)
 
     def fold_for_call(self, host: nn.Module) -> dict[str, Tensor]:
@@ -306,7 +306,7 @@ class LoRA(Adapter):
     def _product(self, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         wide = torch.promote_types(lora_A.dtype, torch.float32)
         flat_A, flat_B = self.form.pair(lora_A.to(wide), lora_B.to(wide))
-        with _full_precision(lora_A):
+        with without_autocast(lora_A):
             return flat_B @ flat_A
 
 
@@ -320,13 +320,6 @@ def _alpha_of(scale: float, divisor: float) -> float:
     near = scale * divisor
     tried = (near, math.nextafter(near, 0.0), math.nextafter(near, math.inf))
     return next((alpha for alpha in tried if alpha / divisor == scale), near)
-
-
-def _full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Autocast would take the products in half precision. Where it is off already, leaving it so costs nothing."""
-    if tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
-        return contextlib.nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 _CHOSEN = ("form", "term", "kernel")  # attributes that a LoRA takes from its host
