@@ -21,6 +21,7 @@ from .host import (
     attach,
     base_type,
     is_host,
+    parts,
     put,
 )
 from .lost import remember
@@ -33,6 +34,7 @@ from .walk import (
     adapters,
     base_modules,
     candidates,
+    hosts,
     require_no_views,
     require_one_copy,
     require_unmerged,
@@ -205,6 +207,11 @@ def build(part: Part, name: str, on_meta: bool = False) -> Placed:
     if not part.host.training:
         adapter.eval()
     return Placed(part.host_name, part.host, adapter)
+
+
+def placed_in(model: nn.Module, name: str) -> Iterator[Placed]:
+    """The adapters of one name, where they are."""
+    return (Placed(host_name, host, adapter) for host_name, host in hosts(model) for adapter in parts(host, (name,)))
 
 
 def seed_in(kind: type[Adapter], config: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:

@@ -6,10 +6,10 @@ from typing import Any
 from torch import nn
 
 from .._errors import AdapterError
-from .host import Selection, adapters_of, all_or_nothing, parts
-from .inject import Placed, install, require_changeable, require_name
+from .host import Selection, adapters_of, all_or_nothing
+from .inject import install, placed_in, require_changeable, require_name
 from .lost import note_renamed
-from .walk import all_hosts, hosts, require
+from .walk import all_hosts, require
 
 
 def rename(model: nn.Module, old: str, new: str) -> None:
@@ -61,11 +61,7 @@ def copy(model: nn.Module, old: str, new: str) -> None:
     """
     require_new(model, new, (old,), "copy")
     shared: dict[int, object] = {}  # what two parts of the adapter share, two parts of the copy share
-    placed = [
-        Placed(host_name, host, deepcopy(adapter, shared))
-        for host_name, host in hosts(model)
-        for adapter in parts(host, (old,))
-    ]
+    placed = [item._replace(adapter=deepcopy(item.adapter, shared)) for item in placed_in(model, old)]
     for item in placed:
         item.adapter.name = new
     install(model, placed, freeze=False, active=False)

@@ -11,12 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._core.freeze import moved_buffers
-from .._core.host import parts
-from .._core.inject import Placed, install, require_changeable, require_free, require_name
+from .._core.inject import Placed, install, placed_in, require_changeable, require_free, require_name
 from .._core.lost import require_all_there
 from .._core.refill import refill, require_refillable
 from .._core.sharded import is_sharded, leave_units, settle, shard_as_hosts, whole
-from .._core.walk import adapters, hosts, require
+from .._core.walk import adapters, require
 from .._errors import AdapterError
 from .container import Path, header_of, opened, read_tensor, require_unchanged, write
 from .fingerprint import differs, fingerprint
@@ -108,10 +107,6 @@ def require_values(tensor: Any, where: str) -> None:
         )
     if not is_finite(tensor):
         raise AdapterError(f"{where}: it holds NaN or infinity, so it would be refused at load. Save a finite adapter.")
-
-
-def placed_in(model: nn.Module, name: str) -> Iterator[Placed]:
-    return (Placed(host_name, host, adapter) for host_name, host in hosts(model) for adapter in parts(host, (name,)))
 
 
 def described(there: Iterable[Placed], name: str) -> Header:
@@ -237,5 +232,5 @@ def _require_base(placed: list[Placed], header: Header, path: str) -> None:
 
 def writes_here(tensors: Iterable[Any]) -> bool:
     """Whether this process is the first of those that hold these tensors; of whole ones each holds its own."""
-    meshes: list[Any] = [tensor.device_mesh for tensor in tensors if hasattr(tensor, "full_tensor")]
+    meshes: list[Any] = [tensor.device_mesh for tensor in tensors if is_sharded(tensor)]
     return all(mesh.get_rank() == int(mesh.mesh.min()) for mesh in meshes)

@@ -14,6 +14,7 @@ from .._core.host import parts
 from .._core.lost import require_all_there
 from .._core.override import weight_of
 from .._core.quantized import not_real_as
+from .._core.sharded import whole
 from .._core.walk import base_modules, hosts, require, require_unmerged
 
 _VISIBLE = 0.01  # of the largest singular value: what is smaller counts as unused rank
@@ -141,8 +142,8 @@ class _Measured:
 
 def _measure_parameters(measured: list[_Measured]) -> None:
     """Those of all adapters together: a call for each would take most of the time."""
-    now = [_whole(p).detach() for one in measured for p in one.parameters]
-    gradients = [None if p.grad is None else _whole(p.grad) for one in measured for p in one.parameters]
+    now = [whole(p).detach() for one in measured for p in one.parameters]
+    gradients = [None if p.grad is None else whole(p.grad) for one in measured for p in one.parameters]
     before = [old for one in measured for old in _seen_last(one)]
     moved = [p - old for p, old in zip(now, before, strict=True)]
     columns = [iter(_squares(each)) for each in (now, gradients, before, moved)]
@@ -156,7 +157,7 @@ def _measure_parameters(measured: list[_Measured]) -> None:
 
 
 def _seen_last(one: _Measured) -> list[Tensor]:
-    own = [_whole(p) for p in one.parameters]
+    own = [whole(p) for p in one.parameters]
     before = _last.get(one.adapter, own)
     same = [p.shape for p in before] == [p.shape for p in own]
     return [old.to(p.device) for old, p in zip(before if same else own, own, strict=True)]
@@ -182,7 +183,7 @@ def _measure_factors(measured: list[_Measured]) -> None:
     alike: dict[Any, list[tuple[_Measured, Tensor, Tensor]]] = {}
     for one in measured:
         for L, R in one.pairs.values():
-            left, right = _whole(L), _whole(R)
+            left, right = whole(L), whole(R)
             alike.setdefault((left.shape, right.shape, left.dtype, left.device), []).append((one, left, right))
         one.sums["delta"] = 0.0
     for items in alike.values():
@@ -224,14 +225,14 @@ def _dense_changes(host: nn.Module, adapter: Adapter) -> dict[str, tuple[Tensor,
     if not can_be_merged(adapter) or any(_cannot_measure(module, leaf) for module, leaf in own):
         return {}
     folded = {id(value): (path, value) for path, value in reversed(adapter.fold(host).items())}
-    found = {path: (_whole(value), weight_of(host, path)) for path, value in reversed(folded.values())}
+    found = {path: (whole(value), weight_of(host, path)) for path, value in reversed(folded.values())}
     real = {path: pair for path, pair in found.items() if pair[0].is_floating_point()}
-    return {path: (value - _whole(weight), weight) for path, (value, weight) in real.items()}
+    return {path: (value - whole(weight), weight) for path, (value, weight) in real.items()}
 
 
 def _grams(L: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
     """LᵀL and R Rᵀ [matrices, rank, rank]: the singular values of L R are in them."""
-    left, right = (_precise(_whole(factor)) for factor in (L, R))
+    left, right = (_precise(whole(factor)) for factor in (L, R))
     rank = left.shape[-1]
     own, other = left.transpose(-2, -1) @ left, right @ right.transpose(-2, -1)
     return own.reshape(-1, rank, rank), other.reshape(-1, rank, rank)
@@ -276,15 +277,9 @@ def _norm(weight: Tensor) -> float:
     version = (0 if weight.is_inference() else weight._version, weight.data_ptr())
     known = _norms.get(weight)
     if known is None or known.version != version:
-        known = _norms[weight] = _Norm(version, float(_whole(_norm_of(weight))))
+        known = _norms[weight] = _Norm(version, float(whole(_norm_of(weight))))
     return known.value
 
 
 def _precise(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a sharded one: every process asks."""
-    gather: Any = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftlib
 from peftlib import schedules
-from support.helpers import Network
+from support.helpers import Network, is_near
 
 RANKS = 2
 TOKENS = torch.arange(20).view(4, 5) % 11
@@ -402,17 +402,6 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("ranks")
     spawn(work, (str(folder),), nprocs=RANKS)
     return folder
-
-
-def is_near(one: Any, other: Any) -> bool:
-    """In float64 a mean of two halves, or a sum in another order, differs from that of the whole by 1e-15 of it."""
-    if isinstance(one, Tensor):
-        return one.shape == other.shape and bool((one - other).abs().max() <= 1e-10)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(is_near(one[key], other[key]) for key in one)
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(is_near, one, other))
-    return one == other
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import peftlib
 from peftlib import schedules
+from support.helpers import is_near
 
 BATCH, LENGTH, PATIENCE = 8, 14, 180
 
@@ -372,17 +373,6 @@ def advance(run: Run, action: str) -> None:
     """What an action that was refused had done before that."""
     if action.startswith("eject"):
         run.changed(lambda: None)
-
-
-def is_near(one: Any, other: Any) -> bool:
-    """In float64 sums in another order differ by 1e-15; a dozen steps of SGD at most double that each."""
-    if isinstance(one, Tensor):
-        return one.shape == other.shape and bool((one - other).abs().max() <= 1e-10)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(is_near(one[key], other[key]) for key in one)
-    if isinstance(one, (tuple, list)):
-        return len(one) == len(other) and all(map(is_near, one, other))
-    return one == other
 
 
 def few() -> list[tuple[str, int]]:
