@@ -16,7 +16,7 @@ _SHAPES = ("tensor", "dtype", "shape")
 
 class FileHeader(dict[str, Any]):
     """What `read_header` gives: a dict; `str()` is a table of the file's tensors, with a row for equal layers, and a
-    notebook shows it as one. What a stranger may have written in it is shown as plain text."""
+    notebook shows it as one. Whatever is written in it is shown as plain text."""
 
     def __repr__(self) -> str:
         if not self.keys() >= {"name", "configs", "hosts", "tensors"}:  # somebody took a part out

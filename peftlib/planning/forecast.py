@@ -56,17 +56,17 @@ def forecast(
     """Runs the model once, without values, with these adapters, which were made on the meta device."""
     require_whole_number("trials", trials, say=8)
     arguments = _with_rows(_arguments(inputs), trials)
-    twin = clone(model, meta=True).train()
+    on_meta = clone(model, meta=True).train()
     names = [f"trial{number}" for number in range(trials)]
     for name in names:
-        install(twin, _copies(placed, twin, name), freeze=True)
+        install(on_meta, _copies(placed, on_meta, name), freeze=True)
         if trials > 1:  # copies of one weight are not active together
-            activate(twin)
+            activate(on_meta)
     if trials > 1:
-        route(twin, [name for name in names for _ in range(_rows(arguments) // trials)])
+        route(on_meta, [name for name in names for _ in range(_rows(arguments) // trials)])
     trained = [p for _, _, adapter in placed for p in adapter.parameters() if p.requires_grad]
     with _shapes_tell(model):
-        saved = _saved_bytes(twin, arguments)
+        saved = _saved_bytes(on_meta, arguments)
     with _shapes_tell(optimizer):
         state = _state_bytes(optimizer, trained)
     tensors = {key: tensor for item in placed for key, _, tensor in entries(item)}
@@ -104,8 +104,8 @@ def _rows(arguments: Arguments) -> int:
     return rows
 
 
-def _copies(placed: list[Placed], twin: nn.Module, name: str) -> list[Placed]:
-    hosts, copies = dict(candidates(twin)), []
+def _copies(placed: list[Placed], on_meta: nn.Module, name: str) -> list[Placed]:
+    hosts, copies = dict(candidates(on_meta)), []
     for host_name, _, adapter in placed:
         own = copy.deepcopy(adapter).to("meta").train()
         own.name = name
@@ -129,9 +129,9 @@ def _shapes_tell(asked: Any) -> Iterator[None]:
         ) from None
 
 
-def _saved_bytes(twin: nn.Module, arguments: Arguments) -> int:
+def _saved_bytes(on_meta: nn.Module, arguments: Arguments) -> int:
     """Of what autograd keeps beside parameters and buffers, each storage once."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*twin.parameters(), *twin.buffers())}
+    own = {tensor.untyped_storage()._cdata for tensor in (*on_meta.parameters(), *on_meta.buffers())}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def _saved_bytes(twin: nn.Module, arguments: Arguments) -> int:
 
     args, kwargs = arguments
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), _AsOnCPU(arguments):
-        outputs = twin(*args, **kwargs)
+        outputs = on_meta(*args, **kwargs)
     del outputs
     return sum(count for address, count in kept.items() if address not in own)
 
@@ -209,9 +209,9 @@ def _fused(
 
 def _state_bytes(optimizer: Callable[..., torch.optim.Optimizer], trained: list[nn.Parameter]) -> int:
     """After one step of an optimizer of its own."""
-    twins = [nn.Parameter(torch.empty_like(p)) for p in trained]
-    for twin in twins:
-        twin.grad = torch.empty_like(twin)
-    stepped = optimizer(twins)
+    copies = [nn.Parameter(torch.empty_like(p)) for p in trained]
+    for each in copies:
+        each.grad = torch.empty_like(each)
+    stepped = optimizer(copies)
     stepped.step()
     return sum(leaf.nbytes for leaf in _tensors(dict(stepped.state)))

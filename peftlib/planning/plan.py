@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._checks import require_whole_number
 from .._core.adapter import Adapter
 from .._core.freeze import statistics_held
 from .._core.inject import build, parts_to_inject
@@ -122,6 +123,8 @@ def plan(
         2 adapters, 52 trainable parameters, 416 B of Adam state
         a step keeps 5.1 kB for backward, 208 B of gradients and 432 B of optimizer state; a file has 1.4 kB
     """
+    if tokens is not None:
+        require_whole_number("tokens", tokens, say=1_000_000)
     with statistics_held(model):
         built = [build(part, "plan", on_meta=True) for part in parts_to_inject(model, targets, kind, exclude, config)]
     rows = tuple(_plan_row(host_name, adapter) for host_name, _, adapter in built)

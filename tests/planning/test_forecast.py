@@ -143,6 +143,8 @@ def test_what_shapes_cannot_tell_is_refused():
     for wrong in (0, 1.5):
         with refused(model := linear(), "trials"):
             peftlib.plan(model, "0", peftlib.LoRA, rank=2, inputs=torch.ones(3, 4), trials=wrong)
+    with refused(model := linear(), "tokens"):
+        peftlib.plan(model, "0", peftlib.LoRA, rank=2, tokens=0)
     with refused(model := linear(), "inputs"):
         peftlib.plan(model, "0", peftlib.LoRA, rank=2, inputs=(), trials=2)
 
