@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ class Adapter(nn.Module):
     def forward(self, host: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward pass; `call(*args, **kwargs)` is what the host would do by itself, with what nests inside."""
         inside, call = unwrapped(call)
-        with overridden(host, as_weights(host, fold_for_call(host, [*inside, self]))):
+        folding = [*inside, self]
+        with running_with(host, fold_for_call(host, folding), folding):
             return call(*args, **kwargs)
 
     def fold_for_call(self, host: nn.Module) -> dict[str, Tensor]:
@@ -179,6 +181,9 @@ class Adapter(nn.Module):
         Copies of one weight have no sum, so two adapters that have them are not active together."""
         return dict.fromkeys(self.replaces)
 
+    def assigned(self, path: str, value: Any) -> None:
+        """Called after a call of the host that gave another value to a buffer for which `fold` has a tensor."""
+
     def file_keys(self) -> dict[str, str]:
         """The key of each tensor in a file, after the host's name, and its key in `state_dict()`."""
         return {key: key for key in self.state_dict()}
@@ -214,6 +219,16 @@ def unwrapped(
     for adapter in reversed(calling):
         call = functools.partial(adapter, host, call)
     return folding[::-1], call
+
+
+def running_with(host: nn.Module, folded: dict[str, Tensor], adapters: list[Adapter]) -> AbstractContextManager[None]:
+    """The host with these weights, folded by these adapters, for a call of its own."""
+
+    def assigned(path: str, value: Any) -> None:
+        for adapter in adapters:
+            adapter.assigned(path, value)
+
+    return overridden(host, as_weights(host, folded), assigned)
 
 
 def _follows_from_fold(adapter: Adapter) -> bool:

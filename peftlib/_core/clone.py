@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .foreign import hook_of
-from .override import compute_from_attributes
+from .override import ASIDE, compute_from_attributes
 from .quantized import meta_stand_in, wraps_others
 from .sharded import is_sharded, units
 
@@ -64,6 +64,7 @@ def _lift_overrides(module: Any) -> None:
     overrides = _overrides_in(module, module.__dict__)
     for name in overrides:
         del module.__dict__[name]
+    module._buffers.update(module.__dict__.pop(ASIDE, {}))
     if overrides and isinstance(module, nn.RNNBase):
         compute_from_attributes(module)
 
@@ -75,6 +76,8 @@ def without_overrides(module: Any, state: Any) -> Any:
     state = dict(state)  # at once: the call may end in the middle of a copy
     for name in _overrides_in(module, state):
         del state[name]
+    if ASIDE in state:
+        state["_buffers"] = {**state["_buffers"], **state.pop(ASIDE)}
     return state
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,11 @@ def freeze_base(model: nn.Module, selection: Selection) -> list[str]:
             for leaf in on:
                 module.get_parameter(leaf).requires_grad_(False)
         if BUFFERS not in module.__dict__:
-            kept = {leaf: buffer.detach().clone() for leaf, buffer in persistent_buffers(module) if _is_state(buffer)}
+            kept = {
+                leaf: (buffer, buffer.detach().clone())
+                for leaf, buffer in persistent_buffers(module)
+                if _is_state(buffer)
+            }
             if kept or keeps_statistics(module):
                 module.__dict__[BUFFERS] = kept
         if keeps_statistics(module) and not is_host(module):
@@ -40,8 +45,8 @@ def freeze_base(model: nn.Module, selection: Selection) -> list[str]:
 def unfreeze_base(model: nn.Module, *, keep_buffers: bool) -> None:
     if not keep_buffers:
         with torch.no_grad():
-            for _, module, leaf, kept in _moved(model):
-                module.get_buffer(leaf).copy_(kept)
+            for _, module, leaf, own, kept in _moved(model):
+                _put_back(module._buffers, leaf, own, kept)
     for module in base_modules(model):
         module.__dict__.pop(BUFFERS, None)
         for leaf in module.__dict__.pop(_FROZEN, ()):
@@ -59,7 +64,7 @@ def moved_buffers(model: nn.Module) -> list[str]:
     """The buffers of the base whose values are no longer those of when adapters came in."""
     if is_reloaded(model):
         return []
-    return [f"{name}.{leaf}".lstrip(".") for name, _, leaf, _ in _moved(model)]
+    return [f"{name}.{leaf}".lstrip(".") for name, _, leaf, *_ in _moved(model)]
 
 
 def is_reloaded(model: nn.Module) -> bool:
@@ -81,15 +86,24 @@ def statistics_held(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _moved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+def _put_back(buffers: dict[str, Any], leaf: str, own: Tensor, kept: Tensor) -> None:
+    """Into the tensor itself; where the model assigned another, perhaps the caller's input, that one is let go."""
+    found = buffers[leaf]
+    if found is own and found.shape == kept.shape:
+        found.copy_(kept)
+    else:
+        buffers[leaf] = kept.to(found)
+
+
+def _moved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, Tensor]]:
     for name, module in candidates(model):
-        for leaf, kept in module.__dict__.get(BUFFERS, {}).items():
+        for leaf, (own, kept) in module.__dict__.get(BUFFERS, {}).items():
             buffer = module._buffers.get(leaf)
             if buffer is None or buffer.is_meta:
                 continue
             found = base_weight(module, leaf)
             if not torch.equal(kept.to(found), found):
-                yield name, module, leaf, kept
+                yield name, module, leaf, own, kept
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from .adapter import Adapter
 from .clone import without_overrides
 from .containers import methods_of_items
 from .foreign import FAST_PATHS, is_bound, is_symbolic, node_in_graph, place_of_forward, statistics_in
+from .override import is_overridden
 from .row_groups import Rows
 from .rows import by_rows
 from .weights import Weights
@@ -137,7 +138,7 @@ def _forward_around(cls: Any) -> Callable[..., Any]:
 
 def _with_statistics_held(host: Any, leaf: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Running statistics are the base's and stay as they are, unless an adapter has its own in their place."""
-    if not host.training or leaf in host.__dict__ or BUFFERS not in host.__dict__:
+    if not host.training or is_overridden(host, leaf) or BUFFERS not in host.__dict__:
         return call(*args, **kwargs)
     host.training = False
     try:

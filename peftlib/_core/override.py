@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -33,24 +33,59 @@ def tensors_of(module: nn.Module, one: str, other: str) -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def overridden(host: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Puts tensors before the host's own: attribute look-up finds `__dict__` before `_parameters`."""
+def overridden(
+    host: nn.Module, values: Mapping[str, Tensor], assigned: Callable[[str, Any], None] = lambda path, value: None
+) -> Iterator[None]:
+    """Puts tensors before the host's own: attribute look-up finds `__dict__` before `_parameters`. `assigned` is told
+    what the host has put in the place of an overridden buffer."""
     if not values:
         yield
         return
-    places = [(*owner_of(host, path), value) for path, value in values.items()]
-    before = [(owner, leaf, owner.__dict__.get(leaf, _absent)) for owner, leaf, _ in places]
+    every = [(path, *owner_of(host, path), value) for path, value in values.items()]
+    buffers = [place for place in every if place[2] in place[1]._buffers]
+    places = [place for place in every if place[2] not in place[1]._buffers]
+    before = [(owner, leaf, owner.__dict__.get(leaf, _absent)) for _, owner, leaf, _ in places]
     try:
-        for owner, leaf, value in places:
+        for _, owner, leaf, value in places:
             owner.__dict__[leaf] = value
-        with _flat_weights_overridden([owner for owner, _, _ in places]):  # no id: Dynamo would compile each host anew
+        owners = [owner for _, owner, *_ in places]  # without their ids: Dynamo would compile each host anew
+        with _flat_weights_overridden(owners), _buffers_overridden(buffers, assigned):
             yield
     finally:
         for owner, leaf, value in before:
-            if value is _absent:
-                owner.__dict__.pop(leaf, None)
-            else:
-                owner.__dict__[leaf] = value
+            _put_back(owner.__dict__, leaf, value)
+
+
+@contextlib.contextmanager
+def _buffers_overridden(places: Any, assigned: Callable[[str, Any], None]) -> Iterator[None]:
+    """In the module's own place for buffers: what a host assigns to one goes there, and is read from there."""
+    before = [(owner, leaf, owner._buffers[leaf], owner.__dict__.get(ASIDE, _absent)) for _, owner, leaf, _ in places]
+    try:
+        for _, owner, leaf, value in places:
+            owner.__dict__[ASIDE] = {leaf: owner._buffers[leaf], **owner.__dict__.get(ASIDE, {})}
+            owner._buffers[leaf] = value
+        yield
+        for path, owner, leaf, value in places:
+            if owner._buffers[leaf] is not value:
+                assigned(path, owner._buffers[leaf])
+    finally:
+        for owner, leaf, value, aside in before:
+            owner._buffers[leaf] = value
+            _put_back(owner.__dict__, ASIDE, aside)
+
+
+ASIDE = "_peftlib_aside"  # on a module for one call: its own buffers, in whose place others stand
+
+
+def is_overridden(module: nn.Module, leaf: str) -> bool:
+    return leaf in module.__dict__ or leaf in module.__dict__.get(ASIDE, ())
+
+
+def _put_back(attributes: dict[str, Any], name: str, value: Any) -> None:
+    if value is _absent:
+        attributes.pop(name, None)
+    else:
+        attributes[name] = value
 
 
 _absent = object()

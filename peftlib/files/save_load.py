@@ -68,8 +68,9 @@ def require_whole(model: nn.Module, doing: str) -> None:
     moved = moved_buffers(model)
     if moved:
         raise AdapterError(
-            f"{doing}: {some(moved)} of the base moved since the adapter was put in, and is not part of it. Put Full "
-            "on its module, which then is saved with the adapter, or train with that module in eval mode."
+            f"{doing}: {some(moved)} of the base moved since the adapter was put in, and would not be in the file. Put "
+            "Full on its module, which then is saved with the adapter, or train with that module in eval mode; or, if "
+            "it is the state of one episode alone, set it back first."
         )
 
 

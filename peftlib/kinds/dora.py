@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from .._core.adapter import fold_all, unwrapped
+from .._core.adapter import fold_all, running_with, unwrapped
 from .._core.lazy_weight import LazyWeight
-from .._core.override import as_weights, overridden, owner_of, weight_of
+from .._core.override import owner_of, weight_of
 from .._core.quantized import not_real_as
 from .._core.weights import blended
 from .._errors import AdapterError
@@ -102,8 +102,7 @@ class DoRA(LoRA):
         if self.term is None:
             return super().forward(host, call, *args, **kwargs)
         inside, call = unwrapped(call, lambda bare: functools.partial(self._scaled, host, bare))
-        folded = fold_all(host, inside)
-        with overridden(host, as_weights(host, folded)):
+        with running_with(host, fold_all(host, inside), inside):
             return call(*args, **kwargs)
 
     def follows_call(self, host: nn.Module) -> bool:

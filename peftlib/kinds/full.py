@@ -112,6 +112,12 @@ class Full(Adapter):
     def copies(self) -> dict[str, Tensor | None]:
         return {alias: self.rows for aliases in self.aliases.values() for alias in aliases}
 
+    def assigned(self, path: str, value: Any) -> None:
+        for first, aliases in self.aliases.items():
+            if path in aliases:
+                owner, leaf = owner_of(self.own, first)
+                owner._buffers[leaf] = value
+
     def file_keys(self) -> dict[str, str]:
         return {key.removeprefix(f"{_OWN}."): key for key in self.state_dict()}
 

@@ -31,6 +31,24 @@ class Codebook(nn.Module):
         return x + (self.codes[nearest] - x).detach()
 
 
+class Remembering(nn.Module):
+    """State that is assigned, not written into: a moving average, a counter, what came last, of any batch size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("last", torch.zeros(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        self.steps += 1
+        y = self.linear(x - self.mean) / self.steps
+        self.last = x
+        return y
+
+
 def convolutional() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -57,7 +75,7 @@ def quantizing() -> Any:
 
 
 def buffers(model: nn.Module) -> dict[str, Any]:
-    return {name: bits(buffer) for name, buffer in model.named_buffers() if ".adapters." not in name}
+    return {name: bits(buffer) for name, buffer in model.named_buffers() if ".adapters." not in f".{name}"}
 
 
 def train(model: Any, steps: int = 3) -> None:
@@ -155,6 +173,46 @@ def test_full_on_a_block_around_a_norm_makes_its_statistics_the_adapters():
     train(model)
     ((_, _, adapter),) = peftlib.adapters(model)
     assert adapter.state_dict()["own.1.num_batches_tracked"] == 3
+
+
+@pytest.mark.parametrize("target", ["0", ""])
+def test_full_on_a_module_that_assigns_its_buffers_is_that_module_and_the_base_stays(target):
+    model = nn.Sequential(Remembering())
+    reference, before = copy.deepcopy(model), buffers(model)
+    peftlib.inject(model, lambda name, module: name == target, Full)
+    for seed in range(3):
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(model(x), reference(x))
+    assert buffers(model) == before
+    ((_, _, adapter),) = peftlib.adapters(model)
+    own = {key.removeprefix("own.").removeprefix("0."): value for key, value in adapter.state_dict().items()}
+    assert all(torch.equal(own[key], value) for key, value in reference[0].state_dict().items())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), reference(x))
+    assert buffers(model) == before
+
+
+def test_a_copy_made_while_a_module_runs_with_other_buffers_has_its_own():
+    model = nn.Sequential(Remembering())
+    made = []
+    model[0].linear.register_forward_hook(lambda *_: made.append(copy.deepcopy(model)))
+    peftlib.inject(model, lambda name, module: name == "0", Full, params=["mean", "steps", "last"])
+    before = buffers(model)
+    model(torch.ones(5, 4))
+    assert buffers(made[0]) == before
+    assert vars(made[0][0]).keys() == vars(model[0]).keys()
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_eject_leaves_alone_what_the_model_put_in_the_place_of_a_buffer(rows):
+    model = Remembering()
+    before = buffers(model)
+    peftlib.inject(model, "linear", LoRA, rank=2)
+    x = torch.ones(rows, 4)
+    model(x)
+    peftlib.eject(model)
+    assert torch.equal(x, torch.ones(rows, 4))
+    assert buffers(model) == before
 
 
 def test_an_unfrozen_base_moves_its_statistics():
