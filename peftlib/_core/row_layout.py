@@ -173,10 +173,19 @@ class Layout:
             shares = {part.shape[dim] / count for part, count in zip(parts, self.groups.counts, strict=True)}
             if len(shares) == 1 and shares <= {1, self.share}:
                 return self.groups.join(parts, dim)
+            if first.dim() > dim + 1 and all(part.shape[dim] == 1 for part in parts):
+                return self.groups.join(self._for_each_row(parts, dim), dim)
         if isinstance(first, _PLAIN) and all(part == first for part in parts):
             return first
         found = f"a tensor of shape {list(first.shape)}" if isinstance(first, Tensor) else type(first).__name__
         raise self._refusal(f"returned {found}, which has no rows to join", "Adapt a module inside it")
+
+    def _for_each_row(self, parts: list[Tensor], dim: int) -> list[Tensor]:
+        """What is one for all rows of a group, a bias of positions that a module hands on, is that of each of them."""
+        counts = [self.share * count for count in self.groups.counts]
+        return [
+            part.expand(*part.shape[:dim], n, *part.shape[dim + 1 :]) for part, n in zip(parts, counts, strict=True)
+        ]
 
     def _output_dims(self, output: Any, leaves: list[Any]) -> list[int]:
         """The weights that torch's attention returns have the rows in front, its RNNs' states behind layers."""

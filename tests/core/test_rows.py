@@ -494,7 +494,18 @@ def test_whatever_structure_a_module_returns_comes_back(give, look):
     torch.testing.assert_close(look(nested), plain)
 
 
-@pytest.mark.parametrize("gives", [lambda y: y.sum(), lambda y: (y, object()), lambda y: (y, len(y))])
+def test_what_is_one_for_all_rows_of_a_group_is_that_of_each_of_its_rows():
+    model, x, give = reader(), torch.randn(4, 3, 4), lambda y: (y, y.amax(0, keepdim=True))
+    _, found = routed(model, SHUFFLED, x, gives=give)
+    for choice, own in groups(SHUFFLED).items():
+        with peftlib.activate(model, *names_of(choice)):
+            _, expected = model(x[own], gives=give)
+        torch.testing.assert_close(found[own], expected.expand(len(own), -1, -1))
+
+
+@pytest.mark.parametrize(
+    "gives", [lambda y: y.sum(), lambda y: y.sum().view(1), lambda y: (y, object()), lambda y: (y, len(y))]
+)
 def test_what_has_no_rows_to_join_is_refused(gives):
     with pytest.raises(AdapterError, match="Reader"):
         routed(reader(), SHUFFLED, torch.randn(4, 3, 4), gives=gives)

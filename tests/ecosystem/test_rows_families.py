@@ -1,6 +1,7 @@
 """Twelve families of transformers: five groups of unequal size in one batch, adapters of other ranks, scales and types,
 give the outputs and the gradients of each group run alone."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -8,14 +9,17 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 import peftlib
-from peftlib import IA3, DoRA, LoRA
+from peftlib import IA3, Bottleneck, DoRA, Full, LoRA, Prefix, Prompt
 from support.helpers import moved
 
+BOTH = ("low", "scaled")
 # A row's adapters: groups of 4, 1, 3, 2 and 1 rows, shuffled.
 ROWS: list[Any] = [
-    "low", None, "scaled", "low", "high", None, "scaled", ("low", "scaled"), "scaled", "low", "low",
+    "low", None, "scaled", "low", "high", None, "scaled", BOTH, "scaled", "low", "low",
 ]  # fmt: skip
 TOKENS = 5  # no other size that a call sees is the number of rows, or of rows times tokens
 TEXT = {"vocab_size": 43, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -98,11 +102,122 @@ FAMILIES: dict[str, tuple[Make, Callable[[], dict[str, Tensor]]]] = {
     ),
     "bloom": (lambda: tf.BloomForCausalLM(tf.BloomConfig(vocab_size=43, hidden_size=24, n_layer=2, n_head=2)), tokens),
 }  # fmt: skip
-FAST = ("llama", "whisper", "qwen3-moe")
+FAST = {
+    "mixed": ("llama", "whisper", "qwen3-moe"), "LoRA": ("vit",), "DoRA": ("gpt2",), "IA3": ("bert",),
+    "Bottleneck": ("t5",), "Prefix": ("llama",), "Prompt": ("mamba2",), "Full": ("opt",),
+}  # fmt: skip
+# Where a type has no place: no attention, one that is computed in place, no input of embedded tokens.
+WITHOUT = {
+    "Prefix": ("mamba2", "bloom"),
+    "Prompt": ("bert", "roberta", "whisper", "vit"),
+}
+PROMPTED = {"t5": "encoder"}  # else the whole model
+HEADS = ("lm_head", "proj_out", "embed_out")
 
 
-def adapted(family: str) -> Any:
-    """LoRA of ranks 2 and 5 and of other scales on all that is linear, and DoRA and IA3 on half of it."""
+def names_of(model: Any, is_one: Callable[[str, Any], bool]) -> list[str]:
+    return [name for name, module in model.named_modules() if is_one(name, module)]
+
+
+def linears(model: Any) -> list[str]:
+    linear = (torch.nn.Linear, tf.pytorch_utils.Conv1D)
+    return names_of(model, lambda name, module: isinstance(module, linear) and not name.endswith(HEADS))
+
+
+def all_types(model: Any) -> None:
+    """LoRA on all that is linear, and DoRA and IA3 in one adapter."""
+    peftlib.inject(model, linears(model), LoRA, rank=2, alpha=16.0, name="low")
+    peftlib.inject(model, linears(model), LoRA, rank=5, alpha=3.0, rank_stabilized=True, name="scaled")
+    if names_of(model, lambda name, _: name.endswith(".experts")):
+        peftlib.inject(model, "*.experts", LoRA, rank=2, alpha=7.0, name="scaled")
+    peftlib.inject(model, linears(model), DoRA, rank=1, alpha=5.0, name="high")
+    peftlib.inject(model, linears(model)[::2], IA3, name="high")
+
+
+def lora(model: Any) -> None:
+    """With convolutions and the embedding of the tokens; that of positions is called once for all rows."""
+    convolutions, embedding = (torch.nn.Conv1d, torch.nn.Conv2d), model.get_input_embeddings()
+    embedding = embedding if isinstance(embedding, torch.nn.Embedding) else None
+    others = names_of(model, lambda _, module: isinstance(module, convolutions) or module is embedding)
+    hosts = [name for name in dict.fromkeys([*linears(model), *others]) if not name.endswith("mixer.conv1d")]
+    for name, rank, alpha in (("low", 1, 16.0), ("scaled", 2, 3.0), ("high", 3, 6.0)):
+        peftlib.inject(model, hosts, LoRA, rank=rank, alpha=alpha, name=name)
+
+
+def dora(model: Any) -> None:
+    for name, rank, alpha in (("low", 1, 16.0), ("scaled", 5, 3.0), ("high", 2, 6.0)):
+        peftlib.inject(model, linears(model), DoRA, rank=rank, alpha=alpha, name=name)
+
+
+def ia3(model: Any) -> None:
+    peftlib.inject(model, linears(model), IA3, name="low")
+    peftlib.inject(model, linears(model)[::2], IA3, on="input", name="scaled")
+    peftlib.inject(model, linears(model)[1::2], IA3, name="scaled")
+    peftlib.inject(model, linears(model)[1::2], IA3, name="high")
+
+
+def bottleneck(model: Any) -> None:
+    """On the layers, and on what is linear inside them and called."""
+    read = ("mixer.out_proj", "self_attention.dense", "mlp.dense_4h_to_h")
+    linear = [name for name in linears(model) if not name.endswith(read)]
+    layers = names_of(model, lambda name, _: name.rpartition(".")[2].isdigit())
+    layers = [name for name in layers if not any(name.startswith(f"{other}.") for other in layers)]
+    for name, width, scale in (("low", 3, 1.0), ("scaled", 3, 0.3)):
+        peftlib.inject(model, layers, Bottleneck, width=width, scale=scale, dim=24, axis=-1, name=name)
+        peftlib.inject(model, linear, Bottleneck, width=width, scale=scale, name=name)
+    config = {"width": 2, "position": "parallel", "norm": "before", "activation": "relu"}
+    peftlib.inject(model, linear[::2], Bottleneck, name="high", **config)
+
+
+def prefix(model: Any) -> None:
+    """Of other lengths, and one with a gate."""
+    hosts = names_of(model, lambda _, module: module_is_attention(module))
+    for name, config in {"low": {"length": 2}, "scaled": {"length": 4}, "high": {"length": 3, "gate": True}}.items():
+        peftlib.inject(model, hosts, Prefix, name=name, **config)
+
+
+def module_is_attention(module: Any) -> bool:
+    """The innermost, which makes the call."""
+    inside = [child for child in module.modules() if child is not module]
+    named = "Attention" in type(module).__name__
+    return named and not any("Attention" in type(child).__name__ for child in inside)
+
+
+def prompt(model: Any) -> None:
+    place = PROMPTED.get(model.config.model_type, "")
+    for name in ("low", "scaled", "high", "base", "both"):
+        peftlib.inject(model, lambda path, _: path == place, Prompt, length=3, name=name)
+        peftlib.activate(model)
+
+
+def full(model: Any) -> None:
+    """Norms and biases, and layers."""
+    norms = names_of(model, lambda _, module: "Norm" in type(module).__name__)
+    biased = [name for name in linears(model) if getattr(model.get_submodule(name), "bias", None) is not None]
+    for name in ("low", "scaled"):
+        peftlib.inject(model, norms, Full, name=name)
+        peftlib.activate(model)
+        if biased:
+            peftlib.inject(model, biased, Full, params="bias", name=name)
+            peftlib.activate(model)
+    for name, hosts in {"high": linears(model)[::2], "both": [*norms, *linears(model)[1::2]]}.items():
+        peftlib.inject(model, hosts, Full, name=name)
+        peftlib.activate(model)
+
+
+TYPES: dict[str, Callable[[Any], None]] = {
+    "mixed": all_types, "LoRA": lora, "DoRA": dora, "IA3": ia3, "Bottleneck": bottleneck, "Prefix": prefix,
+    "Prompt": prompt, "Full": full,
+}  # fmt: skip
+
+
+def rows_for(kind: str) -> list[Any]:
+    """Two copies of one weight have no sum; and prompts of one length alone lie in a common batch."""
+    other: dict[Any, str] = {"Full": {BOTH: "both"}, "Prompt": {BOTH: "both", None: "base"}}.get(kind, {})
+    return [other.get(row, row) for row in ROWS]
+
+
+def adapted(family: str, kind: str = "mixed") -> Any:
     torch.manual_seed(0)
     model = FAMILIES[family][0]()
     with torch.no_grad():  # initial weights are so small that attention would not see them
@@ -112,18 +227,7 @@ def adapted(family: str) -> Any:
     model = model.double().eval()
     if family == "qwen3-moe":
         model.set_experts_implementation("eager")  # torch's grouped product has no float64
-    heads = ("lm_head", "proj_out", "embed_out")
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, tf.pytorch_utils.Conv1D)) and not name.endswith(heads)
-    ]
-    peftlib.inject(model, linear, LoRA, rank=2, alpha=16.0, name="low")
-    peftlib.inject(model, linear, LoRA, rank=5, alpha=3.0, rank_stabilized=True, name="scaled")
-    if family == "qwen3-moe":
-        peftlib.inject(model, "*.experts", LoRA, rank=2, alpha=7.0, name="scaled")
-    peftlib.inject(model, linear, DoRA, rank=1, alpha=5.0, name="high")
-    peftlib.inject(model, linear[::2], IA3, name="high")
+    TYPES[kind](model)
     return moved(model, size=0.3)
 
 
@@ -132,9 +236,26 @@ def floating(output: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1]
 
 
+class InDouble(TorchFunctionMode):
+    """Norms and Mamba's scan compute in float32 whatever they are given, where a last bit of float64 may become one
+    of 1e-7."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        args, kwargs = tree_map_only(torch.dtype, _as_double, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _as_double(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float32 else dtype
+
+
 def run(model: Any, given: dict[str, Tensor]) -> list[Tensor]:
     options = {} if "pixel_values" in given else {"use_cache": False}
-    return floating(dict(model(**given, **options)))
+    in_double = next(model.parameters()).dtype is torch.float64
+    with InDouble() if in_double else contextlib.nullcontext():
+        return floating(dict(model(**given, **options)))
 
 
 def loss_of(output: Tensor, rows: list[int]) -> Tensor:
@@ -150,18 +271,24 @@ def difference(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "family", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name not in FAST)]
+    ("family", "kind"),
+    [
+        pytest.param(family, kind, marks=() if family in FAST[kind] else pytest.mark.slow)
+        for kind in TYPES
+        for family in FAMILIES
+        if family not in WITHOUT.get(kind, ())
+    ],
 )
-def test_outputs_and_gradients_of_each_group_are_those_of_its_run_alone(family):
-    model, given = adapted(family), FAMILIES[family][1]()
+def test_outputs_and_gradients_of_each_group_are_those_of_its_run_alone(family, kind):
+    model, given, of = adapted(family, kind), FAMILIES[family][1](), rows_for(kind)
     trained = {
         f"{host}:{name}:{key}": p for host, name, a in peftlib.adapters(model) for key, p in a.named_parameters()
     }
     for parameter in trained.values():
         parameter.requires_grad_()
-    groups = {choice: [row for row, other in enumerate(ROWS) if other == choice] for choice in dict.fromkeys(ROWS)}
+    groups = {choice: [row for row, other in enumerate(of) if other == choice] for choice in dict.fromkeys(of)}
     assert sorted(map(len, groups.values())) == [1, 1, 2, 3, 4]
-    with peftlib.route(model, ROWS):
+    with peftlib.route(model, of):
         together = run(model, given)
     together = [output for output in together if len(output) == len(ROWS)]
     assert together
