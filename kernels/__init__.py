@@ -1,6 +1,7 @@
 """The hot paths of the adapters, each usable by itself; importing this imports no Triton."""
 
 from .bottleneck.bottleneck import bottleneck as bottleneck
+from .bottleneck.rows import bottleneck_rows as bottleneck_rows
 from .dora import dora_norm as dora_norm
 from .dropped import dropped as dropped
 from .lora.embedding import lora_embedding as lora_embedding

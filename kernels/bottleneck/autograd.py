@@ -18,7 +18,7 @@ from . import reference
 _aten: Any = torch.ops.aten
 
 # The gradient of each of `reference.ACTIVATIONS`, from the one that arrives and from what the activation was given.
-_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda g, z: _aten.threshold_backward(g, z, 0),
     "gelu": _aten.gelu_backward,
     "gelu_tanh": partial(_aten.gelu_backward, approximate="tanh"),
@@ -133,7 +133,7 @@ def _gradients(
     if settings.norm == "after":
         dY, *d_norm = _norm_backward(dY, F.linear(h, own.up, own.up_bias), own, settings)
     g = dY @ own.up  # [tokens, width]
-    dz, d_down = _BACKWARD[settings.activation](g if kept is None else g * kept, z), None
+    dz, d_down = ACTIVATION_BACKWARD[settings.activation](g if kept is None else g * kept, z), None
     dX = dz @ own.down if ctx.needs_input_grad[0] or settings.norm == "before" else None
     if x is not None:
         x2 = inner = _rows(x).to(z.dtype)

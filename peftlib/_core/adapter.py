@@ -148,6 +148,13 @@ class Adapter(nn.Module):
         return None
 
     @classmethod
+    def together_behind(
+        cls, host: nn.Module, groups: Any, adapters: list[list["Adapter"]]
+    ) -> Callable[..., Any] | None:
+        """The same for adapters that only change what one call gives: called with that, and with what the host was."""
+        return None
+
+    @classmethod
     def in_one_graph(cls, host: nn.Module, table: Any, adapters: list[list["Adapter"]]) -> Callable[..., Any] | None:
         """The same while torch.compile traces, for rows in front: of the table it may read the choices, whose adapters
         these are, and compute with the index of each row, so that one graph serves every assignment of rows."""

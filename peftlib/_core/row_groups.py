@@ -119,10 +119,13 @@ class Groups:
         return list(self.sorted(tensor, dim).split([share * count for count in self.counts], dim))
 
     def join(self, parts: list[Tensor], dim: int) -> Tensor:
-        return _moved(torch.cat(parts, dim), dim, self.size, self.back)
+        return self.unsorted(torch.cat(parts, dim), dim)
 
     def sorted(self, tensor: Tensor, dim: int) -> Tensor:
         return _moved(tensor, dim, self.size, self.order)
+
+    def unsorted(self, tensor: Tensor, dim: int) -> Tensor:
+        return _moved(tensor, dim, self.size, self.back)
 
 
 def _moved(tensor: Tensor, dim: int, size: int, order: Tensor | None) -> Tensor:

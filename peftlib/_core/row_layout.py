@@ -19,7 +19,7 @@ Call = tuple[list[Any], dict[str, Any]]
 _PLAIN = (bool, int, float, complex, str, type(None), type, torch.dtype, torch.device, torch.layout, slice)
 # torch's modules that say by `batch_first` where the rows are, and the arguments that this is said of.
 _SEQUENCES = frozenset({"query", "key", "value", "src", "tgt", "memory", "input"})
-_BATCH_FIRST = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+BATCH_FIRST = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 # [queries, keys], the same for all rows; or, in a model of transformers, [positions].
 FOR_ALL = {"attn_mask": 2, "src_mask": 2, "tgt_mask": 2, "memory_mask": 2, "mask": 2, "cache_position": 1}
 # [rows·heads, ...], the heads of each row together, whatever the rows of the other arguments are: Bloom's, Falcon's.
@@ -84,11 +84,11 @@ class Layout:
         host = self.host
         if isinstance(host, nn.modules.conv._ConvNd):
             return tensor.dim() == len(host.kernel_size) + 1
-        sampled = isinstance(host, _BATCH_FIRST) and tensor.dim() == 2
+        sampled = isinstance(host, BATCH_FIRST) and tensor.dim() == 2
         return sampled or (isinstance(host, nn.EmbeddingBag) and tensor.dim() == 1)
 
     def _dim_of(self, name: str) -> int:
-        if not isinstance(self.host, _BATCH_FIRST):
+        if not isinstance(self.host, BATCH_FIRST):
             return self.groups.dim
         if name == "hx":
             return 1
@@ -189,7 +189,7 @@ class Layout:
 
     def _output_dims(self, output: Any, leaves: list[Any]) -> list[int]:
         """The weights that torch's attention returns have the rows in front, its RNNs' states behind layers."""
-        if not isinstance(self.host, _BATCH_FIRST):
+        if not isinstance(self.host, BATCH_FIRST):
             return [self.groups.dim] * len(leaves)
         first = int(not _is_batch_first(self.host))
         later = 1 if isinstance(self.host, nn.RNNBase) else 0

@@ -62,7 +62,8 @@ def _by_table(host: Any, rows: Rows, call: Callable[..., Any], args: Any, kwargs
 
 class Plan:
     """What is the same in every call of a host while its rows are routed: the groups, the adapters that some of them
-    go through, whether all of these only change what one call gives, and what serves all rows at once, if anything."""
+    go through, whether all of these only change what one call gives, and what serves all rows at once, if anything: in
+    place of the call, or behind it."""
 
     def __init__(self, host: Any, groups: Groups) -> None:
         adapters: list[Adapter] = list(host._modules["adapters"]._modules.values())
@@ -71,10 +72,13 @@ class Plan:
         self.acting = [adapter for adapter in adapters if adapter.name in named]
         self.follows = all(adapter.follows_call(host) for adapter in self.acting)
         self.together: Callable[..., Any] | None = None
+        self.behind: Callable[..., Any] | None = None
         kinds = {type(adapter) for adapter in self.acting}
         if len(kinds) == 1 and len(groups.each) > 1:
             by_group = [[a for a in self.acting if a.name in group.names] for group in groups.each]
-            self.together = kinds.pop().together(host, groups, by_group)
+            kind = kinds.pop()
+            self.together = kind.together(host, groups, by_group)
+            self.behind = kind.together_behind(host, groups, by_group) if self.follows else None
 
 
 def _plan_of(host: Any, rows: Rows) -> Plan:
@@ -116,8 +120,12 @@ def _inside(rows: Rows, thread: int, own: Rows, call: Callable[..., Any], args: 
 
 def _on_outputs(host: Any, plan: Plan, layout: Layout, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The host's own call once over all rows, and the adapters of each group on what it gave them."""
+    output = call(*args, **kwargs)
+    done = NotImplemented if plan.behind is None else plan.behind(output, *args, **kwargs)
+    if done is not NotImplemented:
+        return done
     inputs = layout.split_inputs(args, kwargs, objects=True)
-    outputs = layout.split_outputs(call(*args, **kwargs))
+    outputs = layout.split_outputs(output)
     return layout.join_outputs(
         [
             _nested(host, plan.acting, group.names, functools.partial(_given, output))(*own_args, **own_kwargs)

@@ -13,6 +13,7 @@ from .._core.host import base_type
 from .._errors import AdapterError
 from ..kernels import bottleneck
 from ..kernels.bottleneck.reference import ACTIVATIONS
+from ._bottleneck_rows import bottleneck_rows_of
 from ._features import features_of
 from ._hidden_states import input_of, with_hidden_states
 
@@ -126,6 +127,11 @@ class Bottleneck(Adapter):
 
     def follows_call(self, host: nn.Module) -> bool:
         return True
+
+    @classmethod
+    def together_behind(cls, host: nn.Module, groups: Any, adapters: Any) -> Any:
+        plain = all(type(one) is Bottleneck for own in adapters for one in own)
+        return bottleneck_rows_of(host, groups, adapters) if plain else None
 
     def _adapted(self, y: Tensor, u: Tensor, weight: float | Tensor) -> Tensor:
         axis = self._axis_in(y, u)

@@ -1,0 +1,141 @@
+"""Bottlenecks of their own for blocks of rows: equal to each block by itself, output and gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftlib.kernels import bottleneck, bottleneck_rows
+
+pytestmark = pytest.mark.mutants
+
+BLOCKS, ROWS, IN, WIDTH, OUT = 3, 4, 5, 2, 5
+ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "silu", "tanh", "identity"]
+SCALES = {"one": (1.0, 1.0, 1.0), "others": (0.5, 1.0, 2.5)}
+
+
+class Case:
+    """Operands that all require a gradient. `onto` is what the result is added to: x itself, another, or nothing."""
+
+    def __init__(
+        self, onto: str, scales: str = "others", activation: str = "gelu", dtype: torch.dtype = torch.float64
+    ) -> None:
+        def drawn(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+        self.x, self.scales, self.activation = drawn(BLOCKS, ROWS, IN), SCALES[scales], activation
+        self.residual = {"x": self.x, "another": drawn(BLOCKS, ROWS, OUT), "nothing": None}[onto]
+        self.own = [
+            [drawn(WIDTH, IN), drawn(WIDTH), drawn(OUT, WIDTH), drawn(OUT)] for _ in range(BLOCKS)
+        ]  # fmt: skip
+        self.weights = [weight for own in self.own for weight in own]
+        self.operands = [self.x, *([self.residual] if onto == "another" else []), *self.weights]
+
+    def run(self) -> Tensor:
+        return bottleneck_rows(
+            self.x, self.weights, residual=self.residual, activation=self.activation, scales=self.scales
+        )
+
+    def by_block(self) -> Tensor:
+        found = []
+        for at, (own, scale) in enumerate(zip(self.own, self.scales, strict=True)):
+            residual = None if self.residual is None else self.residual[at]
+            found.append(bottleneck(self.x[at], *own, residual=residual, activation=self.activation, scale=scale))
+        return torch.stack(found)
+
+
+ontos = pytest.mark.parametrize("onto", ["x", "another", "nothing"])
+
+
+@ontos
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_each_block_gives_what_its_own_bottleneck_gives(onto, scales, activation):
+    case = Case(onto, scales, activation)
+    found, expected = case.run(), case.by_block()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    given = torch.randn_like(found)
+    for one, other in zip(
+        torch.autograd.grad(found, case.operands, given),
+        torch.autograd.grad(expected, case.operands, given),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(case.run(), found)
+
+
+@ontos
+def test_only_what_needs_a_gradient_gets_one(onto):
+    for needed in range(len(Case(onto).operands)):
+        case = Case(onto)
+        expected = torch.autograd.grad(case.by_block().square().sum(), case.operands)[needed]
+        for at, operand in enumerate(case.operands):
+            operand.requires_grad_(at == needed)
+        case.run().square().sum().backward()
+        assert [at for at, operand in enumerate(case.operands) if operand.grad is not None] == [needed]
+        torch.testing.assert_close(case.operands[needed].grad, expected, rtol=0, atol=1e-11)
+
+
+@ontos
+def test_gradients_of_gradients(onto):
+    case = Case(onto, activation="tanh")
+
+    def run(x: Tensor, *rest: Tensor) -> Tensor:
+        first, weights = (rest[0], rest[1:]) if onto == "another" else (x if onto == "x" else None, rest)
+        return bottleneck_rows(x, weights, residual=first, activation="tanh", scales=case.scales).square()
+
+    assert torch.autograd.gradgradcheck(run, case.operands)
+
+
+@ontos
+def test_what_is_not_finite_in_one_block_changes_no_bit_of_another(onto):
+    case = Case(onto)
+
+    def run() -> tuple[Any, ...]:
+        y = case.run()
+        gradients = torch.autograd.grad(y[1:].square().sum(), case.operands, allow_unused=True)
+        x, *rest = gradients
+        return y, x[1:], *rest[-4 * (BLOCKS - 1) :]
+
+    before = run()
+    with torch.no_grad():
+        for weight in case.own[0]:
+            weight.fill_(float("nan"))
+        case.x[0, 0] = float("inf")
+    after = run()
+    assert after[0][0].isnan().all()
+    for one, other in zip((before[0][1:], *before[1:]), (after[0][1:], *after[1:]), strict=True):
+        assert torch.equal(one, other)
+
+
+@ontos
+def test_backward_under_autocast_and_of_a_gradient_that_lies_apart_is_the_same(onto):
+    case = Case(onto, dtype=torch.float32)
+    found = case.run()
+    given = torch.randn(OUT, BLOCKS, ROWS).movedim(0, -1)
+    assert not given.is_contiguous()
+    plain = torch.autograd.grad(found, case.operands, given.contiguous(), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = torch.autograd.grad(found, case.operands, given)
+    for one, other in zip(plain, again, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradients_are_laid_out_as_what_they_are_added_to():
+    """Else autograd copies each of them."""
+    case = Case("x")
+    gradients = torch.autograd.grad(case.run().sum(), case.operands)
+    assert [gradient.stride() for gradient in gradients] == [operand.stride() for operand in case.operands]
+
+
+def test_x_is_kept_itself_and_beside_it_only_what_is_as_wide_as_the_bottleneck():
+    case = Case("another")
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        case.run()
+    known = {operand.data_ptr() for operand in case.operands}
+    extra = [tensor for tensor in kept if tensor.data_ptr() not in known]
+    assert case.x.data_ptr() in {tensor.data_ptr() for tensor in kept}
+    assert sum(tensor.numel() for tensor in extra) == BLOCKS * ROWS * WIDTH + BLOCKS
