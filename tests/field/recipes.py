@@ -105,7 +105,9 @@ _NEEDED = {
     "prediction_length": 8,
     "attn_layer_indices": [1],
 }  # of None by default, where a model cannot do without
-_TOKENS = r"(token|bos|eos|pad|start|end|mask|sep|cls|image|video|audio)_(ids?|index)$|_token_(id|index)s?$"
+_TOKENS = (
+    r"(token|bos|eos|pad|start|end|mask|sep|cls|image|video|audio)_(ids?|index)$|_token_(id|index)s?$|fixing_codes$"
+)
 
 
 def tiny(cls: type[PreTrainedConfig], recipe: Recipe, **more: Any) -> PreTrainedConfig:

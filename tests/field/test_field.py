@@ -6,11 +6,13 @@ import families
 import laws
 import placing
 import pytest
+import recipes
 import run
 import subject
 import table
 import torch
 from torch import Tensor, nn
+from transformers import ClvpConfig
 
 import peftlib
 
@@ -39,6 +41,13 @@ def test_every_law_holds_on_a_net_of_the_shelf(net):
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_every_law_holds_on_an_architecture_of_transformers(kind):
     held(f"hf/{kind}")
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES, ids=lambda recipe: recipe.name)
+def test_a_tiny_configuration_names_no_token_beyond_its_vocabulary(recipe):
+    """CLVP's decoder puts these codes into what it gives, once it has given the end of a sequence."""
+    config = recipes.tiny(ClvpConfig, recipe).decoder_config
+    assert max(*config.decoder_fixing_codes, config.bos_token_id, config.eos_token_id) < config.vocab_size
 
 
 class FieldFaulty(peftlib.Adapter):
