@@ -31,6 +31,7 @@ from support.ecosystem import (
     same,
     tokens,
 )
+from support.helpers import checkpoint_activations
 from support.refusals import refused as named_refusal
 from support.zoo import BY_NAME
 
@@ -304,10 +305,10 @@ def step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
 def adapted(column: Column, order: str, **how: Any) -> Any:
     model = llama()
     if order == "before":
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+        checkpoint_activations(model, **how)
     put(model, column, "llama")
     if order == "after":
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+        checkpoint_activations(model, **how)
     return moved(model)
 
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import peftlib
 from peftlib import Prefix
 from support.dense_attention import Own, as_heads, by_hand, dense, flash_by_hand, flex_uncompiled, use
+from support.helpers import checkpoint_activations
 from support.refusals import refused
 from support.zoo import BY_NAME, ZOO, GroupedQueryAttention
 
@@ -585,7 +586,7 @@ def test_checkpointing_a_transformers_model_gives_the_same_gradients(
     model.get_input_embeddings().weight.requires_grad_(True)  # reentrant checkpoints ask for an input that tracks
     expected = gradients(model, inputs)
     assert len(expected) == len(list(peftlib.parameters(model)))
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, use_reentrant=reentrant)
     for one, other in zip(gradients(model, inputs), expected, strict=True):
         assert (one - other).abs().max() <= DIGITS * max(1.0, other.abs().max().item())
 

@@ -51,6 +51,12 @@ class HelperGain(peftlib.Adapter):
         return {"weight": host.weight * self.gain}
 
 
+def checkpoint_activations(model: Any, **how: Any) -> None:
+    """Of transformers; the method had its older name up to 5.22."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(how)
+
+
 Gain = HelperGain  # kinds are known by name for the whole run, and the pages define a Gain of their own
 
 
