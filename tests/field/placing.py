@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 import peftlib
 
-_ALIKE = 1  # of hosts of one class whose names differ in numbers alone, as those of equal layers and experts do
-
 Host = tuple[str, dict[str, Any]]
 
 
@@ -94,13 +92,15 @@ KINDS = [
 
 @dataclass
 class Case:
-    """One kind in one model: where it goes, and where it was refused, with the reason."""
+    """One kind in one model: where it goes, and where it was refused, with the reason. `alike`: so many are taken of
+    hosts of one class whose names differ in numbers alone, as those of equal layers and experts do."""
 
     subject: Subject
     kind: Kind
     hosts: list[Host] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     merge_refused: str = ""
+    alike: int = 1
 
     def adapted(self, train: bool = False, size: float = 0.0) -> Any:
         """A copy of one model that was injected into; injecting is what costs most here."""
@@ -135,7 +135,7 @@ class Case:
 
     def settle(self) -> None:
         """Finds the hosts: those where injecting is not refused, nor the call."""
-        self.hosts = _distinct(self.subject.built.model, self.kind.hosts(self.subject))
+        self.hosts = _distinct(self.subject.built.model, self.kind.hosts(self.subject), self.alike)
         model = self.subject.fresh()
         if self.hosts and _why("inject", lambda: self._copies):
             self.hosts = [host for host in self.hosts if not self._drop("inject", host, lambda case: case.put(model))]
@@ -161,11 +161,11 @@ def _why(doing: str, do: Callable[[], Any]) -> str | None:
     return None
 
 
-def _distinct(model: nn.Module, offered: list[Host]) -> list[Host]:
+def _distinct(model: nn.Module, offered: list[Host], limit: int) -> list[Host]:
     alike: Counter[tuple[type, str]] = Counter()
     chosen = []
     for name, config in offered:
         key = type(model.get_submodule(name)), re.sub(r"\d+", "", name)
         alike[key] += 1
-        chosen += [(name, config)] if alike[key] <= _ALIKE else []
+        chosen += [(name, config)] if alike[key] <= limit else []
     return chosen

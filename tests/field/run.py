@@ -27,7 +27,7 @@ Record = dict[str, Any]
 _LOADED = ("llama", "bert", "vit", "t5", "whisper", "mamba", "clip", "wav2vec2")
 
 
-def checked(name: str) -> Iterator[Record]:
+def checked(name: str, alike: int = 1) -> Iterator[Record]:
     """One record for each kind, or one that says why the architecture could not be built."""
     try:
         subject = Subject(families.build(name))
@@ -40,11 +40,11 @@ def checked(name: str) -> Iterator[Record]:
         yield {"name": name, "kind": None, "unbuilt": why}
         return
     for kind in KINDS:
-        yield {"name": name, "kind": kind.name, "recipe": subject.built.recipe, **_held(subject, kind)}
+        yield {"name": name, "kind": kind.name, "recipe": subject.built.recipe, **_held(subject, kind, alike)}
 
 
-def _held(subject: Subject, kind: Kind) -> Record:
-    case = Case(subject, kind)
+def _held(subject: Subject, kind: Kind, alike: int) -> Record:
+    case = Case(subject, kind, alike=alike)
     try:
         case.settle()
     except Exception as error:

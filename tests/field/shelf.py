@@ -114,6 +114,32 @@ def _resnet() -> nn.Module:
     )
 
 
+class Policy(nn.Module):
+    """A recurrent policy: the state of an episode lies in buffers from call to call, so do statistics of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.action, self.value = nn.LSTMCell(6, 8), nn.Linear(8, 3), nn.Linear(8, 1)
+        self.deviation = nn.Parameter(torch.zeros(3))
+        self.register_buffer("hidden", torch.zeros(2, 8))
+        self.register_buffer("memory", torch.zeros(2, 8))
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("seen", torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.training:
+            self.seen += 1
+            self.mean = self.mean + (x.detach().mean((0, 1)) - self.mean) / self.seen
+        outputs, (hidden, memory) = [], (self.hidden.clone(), self.memory.clone())
+        for step in (x - self.mean).unbind(1):
+            hidden, memory = self.cell(step, (hidden, memory))
+            outputs.append(hidden)
+        self.hidden.copy_(hidden.detach())
+        self.memory.copy_(memory.detach())
+        y = torch.stack(outputs, 1)
+        return self.action(y), self.value(y), self.deviation.exp()
+
+
 class Codebook(nn.Module):
     """Vector quantisation whose codes follow a moving average of what falls to them, in training."""
 
@@ -264,6 +290,7 @@ NETS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
     "parametrized": _net(Parametrized, x=_tensor(4, 6)),
     "hooked": _net(Hooked, x=_tensor(4, 6)),
     "resnet": _net(_resnet, input=_tensor(4, 3, 8, 8)),
+    "policy": _net(Policy, x=_tensor(2, 4, 6)),
     "codebook": _net(Codebook, x=_tensor(2, 5, 6)),
     "dense block": _net(_dense, input=_tensor(2, 4, 6, 6)),
     "indexed": _net(_indexed, input=_tensor(4, 6)),

@@ -54,7 +54,16 @@ class Subject:
 
     @torch.no_grad()
     def plain(self, model: nn.Module) -> list[Tensor]:
-        return self.run(model)
+        """Without gradients, and from one state to the same: what a model remembers of a call is forgotten."""
+        before = [(module._buffers, dict(module._buffers), _values(module)) for module in model.modules()]
+        try:
+            return self.run(model)
+        finally:
+            for buffers, own, values in before:
+                buffers.update(own)
+                for leaf, value in values.items():
+                    if not same([own[leaf]], [value]):
+                        own[leaf].copy_(value)
 
     @functools.cached_property
     def output(self) -> list[Tensor]:
@@ -120,6 +129,10 @@ class Subject:
         if not same(self.output, self.plain(self.fresh().requires_grad_(False))):
             return "two runs from the same random state differ"
         return None
+
+
+def _values(module: nn.Module) -> dict[str, Tensor]:
+    return {leaf: buffer.clone() for leaf, buffer in module._buffers.items() if buffer is not None}
 
 
 def _is_wide(model: nn.Module) -> bool:

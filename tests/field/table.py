@@ -18,9 +18,11 @@ _INTRODUCTION = """# On models that nobody here wrote
 and a shelf of hand-written nets; it puts each adapter type into all modules that it may be for (one of those that are
 alike), and holds it to laws that need no knowledge of the model:
 
-- unchanged at the start, in eval and in train mode, to the bit (but for Prefix and Prompt)
+- unchanged at the start, in eval and in train mode, to the bit (but for Prefix and Prompt); the same bits as of the base
+  with its weights training or not, or with the adapted modules' outputs laid out without gaps in memory, for torch has
+  other kernels for each
 - each adapter runs, wherever its module is called or its weight is read; or injecting was refused
-- merged equals unmerged, and unmerging brings back every bit
+- merged equals unmerged; unmerging brings back every bit, and the output
 - off equals the base to the bit, and on again what it was
 - saved, and loaded into a fresh model: equal to the bit
 - cached decoding equals uncached, where the model generates

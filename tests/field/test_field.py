@@ -25,7 +25,8 @@ ARCHITECTURES = [
 
 
 def held(name: str) -> None:
-    found = [*run.checked(name)]
+    """With two of those that are alike: adapters behind one another, and experts beside one another."""
+    found = [*run.checked(name, alike=2)]
     assert not [record["unbuilt"] for record in found if "unbuilt" in record]
     assert not {record["kind"]: wrong for record in found if (wrong := table.wrong_laws(record))}
 
