@@ -33,13 +33,20 @@ def _longer(name: str, item: Any, shape: tuple[int, int], length: int, past: int
     if item.shape != shape:
         if item.dim() == 0 or (name == "labels" and item.dim() == 1):  # a count, or one label for the whole text
             return item
-        raise AdapterError(f"Prompt: {name} is {tuple(item.shape)}, and the tokens {shape}. {_ADVICE}")
+        raise _unknown(name, item, shape)
     if name == "position_ids":
         first = torch.arange(length, dtype=item.dtype, device=item.device).expand(len(item), -1)
         return torch.cat([first, item + length], 1) if past == 0 else item + length
     if name not in ("labels", "token_type_ids"):
-        raise AdapterError(f"Prompt: {name} has a value for each token, and none is known for a vector. {_ADVICE}")
+        raise _unknown(name, item, shape)
     return F.pad(item, (length, 0), value=_IGNORED if name == "labels" else 0) if past == 0 else item
+
+
+def _unknown(name: str, item: Tensor, shape: tuple[int, int]) -> AdapterError:
+    return AdapterError(
+        f"Prompt puts vectors before the tokens {shape}, and what {name} {tuple(item.shape)} should hold for these is "
+        f"not known. {_ADVICE}"
+    )
 
 
 def _mask(mask: Tensor, shape: tuple[int, int], length: int, past: int | None) -> Tensor:

@@ -159,9 +159,11 @@ class Bottleneck(Adapter):
         fits = 0 <= axis < y.dim() == u.dim() and y.shape[axis] == outputs and u.shape[axis] == inputs
         if fits and places[0] == places[1]:
             return axis
+        asked, given = f"{outputs} features", f"gave {list(y.shape)}"
+        if y is not u:
+            asked, given = f"{inputs} features read and {outputs} given", f"read {list(u.shape)} and {given}"
         raise AdapterError(
-            f"Bottleneck, {inputs} to {outputs} features along axis {self.features[2]}, read a tensor of shape "
-            f"{list(u.shape)} beside hidden states of shape {list(y.shape)}. "
+            f"Bottleneck is for {asked} along axis {self.features[2]}, and its module {given}. "
             + ("Pass dim= and axis=." if y is u else 'Pass dim= and axis=, or use position="after".')
         )
 

@@ -18,9 +18,9 @@ _INTRODUCTION = """# On models that nobody here wrote
 and a shelf of hand-written nets; it puts each adapter type into all modules that it may be for (one of those that are
 alike), and holds it to laws that need no knowledge of the model:
 
-- unchanged at the start, in eval and in train mode, to the bit (but for Prefix and Prompt); the same bits as of the base
-  with its weights training or not, or with the adapted modules' outputs laid out without gaps in memory, for torch has
-  other kernels for each
+- unchanged at the start, in eval and in train mode, to the bit (but for Prefix and Prompt); the bits are those
+  of the base with its weights training or not, or with the outputs of the adapted modules laid out without gaps in
+  memory, for torch has other kernels for each
 - each adapter runs, wherever its module is called or its weight is read; or injecting was refused
 - merged equals unmerged; unmerging brings back every bit, and the output
 - off equals the base to the bit, and on again what it was
@@ -41,12 +41,12 @@ _REFUSALS = [
     ("no attention call was seen", "No attention of a known form is called inside: eager, linear, deformable"),
     ("how many key and value heads|do not fit .* heads|takes 'sinks'", "An attention of other shapes or arguments"),
     ("how many features it gives", "The size of the hidden states cannot be inferred"),
-    ("beside hidden states of shape", "What is read and what is returned have other shapes than the hidden states"),
+    ("and its module (gave|read)", "What is read and what is returned have other shapes than the hidden states"),
     ("no hidden states|none of these is a floating-point", "The module returns no hidden states"),
     ("larger than min", "The rank is larger than the matrix"),
     ("does not know which", "It is not known which weight gives which feature"),
     ("reads the weights? of its child|reads this child's weight", "The parent reads this weight without a call"),
-    ("and the tokens|for each token", "The model has inputs or outputs of the sequence's length that cannot grow"),
+    ("puts vectors before|for each token", "The model has inputs or outputs of the sequence's length that cannot grow"),
     ("which its input embeddings are|an encoder and a decoder", "Not clear which embeddings are the input's"),
     ("is never called", "A container, which is never called"),
     ("torch.complex", "The weight is complex"),
