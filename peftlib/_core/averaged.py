@@ -1,8 +1,8 @@
 """Replicas: what trains must be among the parameters whose gradients DistributedDataParallel averages."""
 
 import gc
-from collections.abc import Collection, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -10,13 +10,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .._errors import AdapterError
 
+_T = TypeVar("_T")
+
 
 def require_averaged(doing: str, parameters: Iterable[nn.Parameter], advice: str) -> None:
     """DDP averages the gradients of what required one when it was made, and of nothing else, without a word."""
     if not _has_replicas():
         return
     training = {id(p) for p in parameters}
-    for wrapper, names, count in _left_alone(training):
+    for wrapper, names, count in _found(lambda: _left_alone(training)):
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise AdapterError(
             f"{doing}: {shown} would train, and DistributedDataParallel around {type(wrapper.module).__name__}, which "
@@ -29,13 +31,11 @@ def require_outside(doing: str, hosts: Collection[tuple[str, nn.Module]], advice
     if not _has_replicas():
         return
     names = {id(host): name for name, host in hosts}
-    for wrapper in _wrappers():
-        inside = next((names[id(module)] for module in wrapper.modules() if id(module) in names), None)
-        if inside is not None:
-            raise AdapterError(
-                f"{doing}: {inside or 'the root'} is inside a DistributedDataParallel that was made before, which "
-                f"would never average what comes to it now. {advice}."
-            )
+    for inside in _found(lambda: [names[id(m)] for one in _wrappers() for m in one.modules() if id(m) in names]):
+        raise AdapterError(
+            f"{doing}: {inside or 'the root'} is inside a DistributedDataParallel that was made before, which would "
+            f"never average what comes to it now. {advice}."
+        )
 
 
 def _has_replicas() -> bool:
@@ -59,13 +59,22 @@ def _buckets(wrapper: Any) -> list[Any]:
     return wrapper.reducer._get_zeros_like_grad_buckets()
 
 
-def _wrappers() -> list[Any]:
-    """All that are alive. One that was thrown away may still stand in a cycle."""
-    if not any(_is_wrapper(each) for each in gc.get_objects()):
+def _found(search: Callable[[], list[_T]]) -> list[_T]:
+    """What a search among the wrappers finds. One that was thrown away may still stand in a cycle, so what is found is
+    looked for again without those; to collect them each time would take longer than all the rest."""
+    if not search():
         return []
     gc.collect()
-    return [each for each in gc.get_objects() if _is_wrapper(each)]
+    return search()
 
 
-def _is_wrapper(each: object) -> bool:
-    return issubclass(type(each), DistributedDataParallel)
+def _wrappers() -> list[Any]:
+    """All that are there. Torch keeps no list of them; each refers to its class, and so a search in C finds them."""
+    kinds = (DistributedDataParallel, *_derived_from(DistributedDataParallel))
+    return [each for each in gc.get_referrers(*kinds) if isinstance(each, DistributedDataParallel)]
+
+
+def _derived_from(cls: type) -> Iterator[type]:
+    for each in cls.__subclasses__():
+        yield each
+        yield from _derived_from(each)
