@@ -116,6 +116,10 @@ _INERT = {
 }  # fmt: skip
 
 
+# Ways to train a LoRA that leave it one, and what names in a file the tensors that had a part in that alone.
+TRAINED_BY = {"velora_config": ".lora_velora_embed", "monteclora_config": ".lora_monteclora_sampler."}
+
+
 def read_config(path: Path) -> Config:
     """The configuration in a file, its values checked."""
     where = os.fspath(path)
@@ -141,7 +145,8 @@ def checked(found: Any, where: str) -> Config:
     for key, value in found.items():
         if key in known and not known[key].holds(value):
             raise AdapterError(f"{where}: {key} is {shown(repr(value))}, expected {known[key].words}. Correct it.")
-        if key not in known and key not in _INERT and value not in (None, False, {}, []):
+        read = key in known or key in _INERT or (kind == "LORA" and key in TRAINED_BY)
+        if not read and value not in (None, False, {}, []):
             raise AdapterError(
                 f"{where}: {shown(key)}={shown(repr(value))} is not understood, and leaving it out could change the "
                 "result. Remove it if it has no effect here."

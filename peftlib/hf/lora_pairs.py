@@ -68,12 +68,19 @@ def begun_part(site: Site, start: Start) -> Part:
     """The adapter as peft begins it: where LoRA here has no such start, with the factors drawn now."""
     if start.init in ("kaiming", "gaussian", "pissa"):
         return fresh_part(site, start)
-    if start.dora:
-        raise AdapterError(f"init_lora_weights={start.init!r} is for plain LoRA here. Use another start.")
     if start.init == "olora":
         return filled_part(site, start, *_initial(site, start, fresh_part(site, start).config))
-    drawn = site.layout.drawn(site.rank) if start.init == "random" else _orthogonal(*site.layout.shapes(site.rank))
-    return filled_part(site, start, *drawn)
+    A, B = site.layout.drawn(site.rank) if start.init == "random" else _orthogonal(*site.layout.shapes(site.rank))
+    return filled_part(site, start, A, B, _norms(site, start, A, B) if start.dora else None)
+
+
+@torch.no_grad()
+def _norms(site: Site, start: Start, A: Tensor, B: Tensor) -> Tensor:
+    """‖W + s BA‖, DoRA's magnitude where it begins at that weight."""
+    adapter = DoRA(site.host, **fresh_part(site, start).config)
+    for parameter, value in zip((adapter.lora_A, adapter.lora_B), site.layout.read(A, B), strict=True):
+        parameter.copy_(value)
+    return adapter.row_norms(site.host)
 
 
 def _initial(site: Site, start: Start, config: dict[str, Any]) -> tuple[Tensor, Tensor]:

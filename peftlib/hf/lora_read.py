@@ -11,7 +11,7 @@ from .._core.override import weight_of
 from .._errors import AdapterError
 from ..kinds._weight_layout import is_transposed_linear
 from ..kinds.full import Full
-from .config import Config
+from .config import TRAINED_BY, Config
 from .experts import read_experts
 from .lora_bias import SUFFIX, OutputBias
 from .lora_layouts import Looked, Stacked, is_linear, magnitude_shape
@@ -42,6 +42,9 @@ def lora_parts(modules: Modules, config: Config, tensors: FileTensors, layout: s
     kept = kept_parts(modules, config, sites, tensors)
     pairs += [part for site in sites.pairs for part in _pair(site, config, tensors, layout)]
     replaced = [*_replaced(modules, sites, tensors), *token_parts(modules, config, sites, tensors)]
+    for key, inside in TRAINED_BY.items():
+        if config.get(key):
+            tensors.leave(inside)
     tensors.require_all_taken()
     return sorted([*kept, *replaced, *pairs], key=lambda part: part.kind is not Full)
 
@@ -49,6 +52,12 @@ def lora_parts(modules: Modules, config: Config, tensors: FileTensors, layout: s
 def fresh_lora(modules: Modules, config: Config, where: str) -> list[Part]:
     """The same adapters before any training."""
     _require_known_start(config, where)
+    trained_by = next((key for key in TRAINED_BY if config.get(key)), None)
+    if trained_by:
+        raise AdapterError(
+            f"{where}: {trained_by} is a way to train that has no counterpart here. Remove it, or train in peft and "
+            "load what it saves."
+        )
     start = str(config["init_lora_weights"]).lower()
     if start not in _STARTS:
         raise AdapterError(

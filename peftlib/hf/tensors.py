@@ -60,6 +60,10 @@ class FileTensors:
         key = f"{PREFIX}{module}.lora_A.weight"
         return self._names.get(key, key).removeprefix(PREFIX).removesuffix(".lora_A.weight")
 
+    def leave(self, inside: str) -> None:
+        """What says nothing here."""
+        self.left = {key: None for key in self.left if inside not in key}
+
     def require_all_taken(self) -> None:
         if self.left:
             found = some(sorted(self._names.get(key, key) for key in self.left))

@@ -93,7 +93,7 @@ class DoRA(LoRA):
         if host is None:
             raise AdapterError("DoRA starts from the norms of its host's weight. Call reset_parameters(host).")
         super().reset_parameters(host)
-        norm = self._norm(host).to(self.lora_A.dtype)
+        norm = self.row_norms(host).to(self.lora_A.dtype)
         if "magnitude" not in self._parameters:  # LoRA's constructor calls this
             self.magnitude = nn.Parameter(torch.empty_like(norm))
         self.magnitude.copy_(norm)
@@ -164,11 +164,12 @@ class DoRA(LoRA):
 
     def _gain(self, host: nn.Module) -> Tensor:
         """m/‖V‖ [..., out]; 1 for a row of zeros, where m starts at zero too."""
-        norm = self._norm(host).to(self.magnitude.dtype)
+        norm = self.row_norms(host).to(self.magnitude.dtype)
         empty = (norm == 0).to(norm.dtype)
         return (self.magnitude + empty) / (norm + empty)
 
-    def _norm(self, host: Any) -> Tensor:
+    def row_norms(self, host: Any) -> Tensor:
+        """‖V‖ [..., out]."""
         matrix, (A, B) = self.form.matrix(weight_of(host, self.param)), self.form.pair(self.lora_A, self.lora_B)
         if self.form is not TransposedKernel:
             return dora_norm(matrix, A, B, self.scale)

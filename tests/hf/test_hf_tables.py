@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from peftlib import hf
 from support import helpers
 from support.peft_models import assert_same, quiet, shifted
+from support.refusals import refused
 
 
 class Around(nn.Module):
@@ -74,6 +75,7 @@ MORE: dict[str, dict[str, Any]] = {
     "alpha and dropout": {"lora_alpha": 32, "lora_dropout": 0.1},
     "stabilised": {"use_rslora": True},
     "dora": {"use_dora": True},
+    "random dora": {"use_dora": True, "init_lora_weights": False},
     "head": {"modules_to_save": ["lin0"]},
     "own bias": {"bias": "lora_only"},
     "every bias": {"bias": "all"},
@@ -101,7 +103,7 @@ def peft_has(name: str, what: str, targets: Any) -> bool:
     if name == "embedding":
         return what != "bias of B"
     if name == "attention":
-        return what not in ("dora", "bias of B") and not of_weight
+        return what not in ("dora", "random dora", "bias of B") and not of_weight
     return not of_weight
 
 
@@ -159,3 +161,26 @@ def test_what_peft_tries_computes_the_same_through_files_and_through_inject(mode
     helpers.moved(fresh)
     hf.save(fresh, tmp_path / "ours")
     assert_same(read_by_peft(model, tmp_path / "ours")(x), fresh(x))
+
+
+@pytest.mark.parametrize(
+    "trained_by",
+    [
+        {"velora_config": peft.VeloraConfig(num_groups=2)},
+        {"velora_config": peft.VeloraConfig(num_groups=2, init_type="random")},
+        {"monteclora_config": peft.MontecloraConfig(num_samples=2)},
+    ],
+    ids=str,
+)
+def test_a_lora_that_peft_trained_in_another_way_is_read_and_not_begun(trained_by, tmp_path):
+    model = MODELS["perceptron"]
+    config = peft.LoraConfig(target_modules=["lin0", "lin1"], r=4, **trained_by)
+    theirs, x = of_peft(model, config), inputs_of(model)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    loaded, fresh = model.seeded(), model.seeded()
+    hf.load(loaded, tmp_path / "theirs")
+    assert_same(loaded(x), theirs(x))
+    hf.save(loaded, tmp_path / "back")
+    assert_same(read_by_peft(model, tmp_path / "back")(x), theirs(x))
+    with refused(fresh, *trained_by):
+        hf.inject(fresh, config)
