@@ -1,6 +1,5 @@
 """HF peft's files on transformers' models: embeddings, heads, experts, new tokens, prefixes."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -173,9 +172,9 @@ def test_a_prefix_computes_the_same_though_peft_counts_its_positions(make, proje
     assert_same(model(tokens()).logits, expected)
     assert (make()(tokens()).logits - expected).abs().max() > 1e-2
     hf.save(model, tmp_path / "ours")
-    with warnings.catch_warnings(action="ignore"):
-        loaded = peft.PeftModel.from_pretrained(make(), str(tmp_path / "ours"))
-    assert_same(loaded(tokens()).logits, expected)
+    with quiet():  # peft calls with the name that a cache had up to transformers 5.23
+        read_by_peft = peft.PeftModel.from_pretrained(make(), str(tmp_path / "ours"))(tokens()).logits
+    assert_same(read_by_peft, expected)
     theirs, ours = (load_file(tmp_path / side / "adapter_model.safetensors") for side in ("theirs", "ours"))
     assert ours.keys() == theirs.keys() == {"prompt_embeddings"}
     # Two rotations of each key, in float32.

@@ -33,6 +33,12 @@ def test_pins_of_an_environment_replace_those_of_the_lock():
     assert "torch" not in dict(line.split(";")[0].split("==") for line in versions.constraints(BY_NAME["newest"]))
 
 
+def test_the_newest_is_within_what_is_declared():
+    assert versions.in_bounds("triton") in versions.PROJECT["dependencies"]
+    assert versions.in_bounds("pytorch-lightning").startswith("pytorch-lightning>=")
+    assert versions.in_bounds("sentence-transformers") == "sentence-transformers"  # of an extra that is not installed
+
+
 def test_every_path_exists_and_every_python_is_declared():
     for part in versions.DATA["parts"].values():
         assert all((versions.ROOT / path).exists() for path in part["paths"])

@@ -49,12 +49,15 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def declared(environment: Environment) -> list[str]:
-    """The names of all that the tests need; which version of each, `constraints` says."""
-    extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *extras["test"], "accelerate", "setuptools"]
-    lines += extras["ecosystem"] if "ecosystem" in parts_of(environment) else []
-    return [re.split(r"[<>=!~; ]", line)[0] for line in lines]
+def declared() -> list[str]:
+    """All that the tests need, in the bounds that are declared; which version of each, `constraints` says."""
+    return [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"], "accelerate", "setuptools"]
+
+
+def in_bounds(name: str) -> str:
+    """The newest is the newest that is declared."""
+    lines = {_canonical(re.split(r"[<>=!~; ]", line)[0]): line for line in declared()}
+    return lines.get(_canonical(name), name)
 
 
 def constraints(environment: Environment) -> Iterator[str]:
@@ -78,8 +81,8 @@ def made(environment: Environment, folder: Path) -> Path:
     listed.write_text("\n".join(constraints(environment)) + "\n")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     linked = environment["python"] == OWN
-    names = [*environment.get("pins", ()), *environment.get("newest", ()), "setuptools"]
-    names = names if linked else declared(environment)
+    changed = [*environment.get("pins", ()), *environment.get("newest", ()), "setuptools"]
+    names = map(in_bounds, changed) if linked else declared()
     subprocess.run([*pip, "--upgrade", "--constraint", listed, *names], check=True)
     if linked:
         (site,) = folder.glob("lib/python*/site-packages")
