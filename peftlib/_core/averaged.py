@@ -18,11 +18,11 @@ def require_averaged(doing: str, parameters: Iterable[nn.Parameter], advice: str
     if not _has_replicas():
         return
     training = {id(p) for p in parameters}
-    for wrapper, names, count in _found(lambda: _left_alone(training)):
+    for around, names, count in _found(lambda: _left_alone(training)):
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         raise AdapterError(
-            f"{doing}: {shown} would train, and DistributedDataParallel around {type(wrapper.module).__name__}, which "
-            f"was made before, averages the gradients of {count} other parameters alone. {advice}."
+            f"{doing}: {shown} would train, and DistributedDataParallel around {around}, which was made before, "
+            f"averages the gradients of {count} other parameters alone. {advice}."
         )
 
 
@@ -42,15 +42,16 @@ def _has_replicas() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _left_alone(training: set[int]) -> list[tuple[Any, list[str], int]]:
-    """Wrappers around some of these, the names of what each of them does not average, and how many it does."""
+def _left_alone(training: set[int]) -> list[tuple[str, list[str], int]]:
+    """For each wrapper around some of these what is in it, the names that it does not average, and how many it does.
+    No wrapper itself: the traceback of a refusal, which notebooks keep, would keep it alive."""
     found = []
     for wrapper in _wrappers():
         named = [(n, p) for n, p in wrapper.module.named_parameters() if n not in wrapper.parameters_to_ignore]
         if any(id(p) in training for _, p in named):
             averaged = {id(p) for bucket in _buckets(wrapper) for p in bucket.parameters()}
             names = [name for name, p in named if id(p) in training and id(p) not in averaged]
-            found += [(wrapper, names, len(averaged))] if names else []
+            found += [(type(wrapper.module).__name__, names, len(averaged))] if names else []
     return found
 
 

@@ -130,6 +130,22 @@ def trains_again_after_a_block(wrap: Wrap, folder: str) -> Any:
     return gradients(model)
 
 
+def goes_on_after_a_refusal_that_is_kept(wrap: Wrap, folder: str) -> Any:
+    """As a notebook keeps the last one, with its traceback: the replica around the model can be thrown away."""
+    network = build()
+    peftlib.train_only(network, "first")
+    model, kept = wrap(network), []
+    try:
+        peftlib.train_only(network, "second")
+    except peftlib.AdapterError as error:
+        kept.append(error)
+    assert len(kept) == (wrap is ddp)
+    del model
+    peftlib.train_only(network, "second")
+    loss_of(wrap(network), wrap).backward()
+    return gradients(network)
+
+
 def merges_and_comes_back(wrap: Wrap, folder: str) -> Any:
     model = wrap(build())
     validate(model)
@@ -269,6 +285,7 @@ CASES: dict[Callable[[Wrap, str], Any], list[Wrap]] = {
     trains_what_it_was_told_to: [fsdp_root_alone],
     trains_what_a_part_was_told_to: [fsdp_root_alone],
     trains_again_after_a_block: [fsdp_root_alone],
+    goes_on_after_a_refusal_that_is_kept: [ddp],
     merges_and_comes_back: [*FSDP, fsdp_on_hosts, tensor_parallel],
     merges_for_good: [fsdp_root_alone],
     merges_what_keeps_tensors_beside_the_shards: [fsdp, tensor_parallel],
