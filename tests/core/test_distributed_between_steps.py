@@ -142,6 +142,7 @@ def goes_on_after_a_refusal_that_is_kept(wrap: Wrap, folder: str) -> Any:
     assert len(kept) == (wrap is ddp)
     del model
     peftlib.train_only(network, "second")
+    peftlib.activate(network, "second")
     loss_of(wrap(network), wrap).backward()
     return gradients(network)
 
@@ -369,6 +370,12 @@ def load_into_a_part_of_a_unit() -> None:
     peftlib.load(model.layers, path, "third", strict=False)
 
 
+def load_over_shards() -> None:
+    model, path = build(), f"{FOLDER[0]}/over-{dist.get_rank()}.safetensors"
+    peftlib.save(model, path, "first")
+    peftlib.load(fsdp(model), path, into="first")
+
+
 FOLDER: list[str] = []
 REFUSED: dict[Callable[[], None], tuple[str, ...]] = {
     nan_in_one_shard: ("first", "NaN"),
@@ -381,6 +388,7 @@ REFUSED: dict[Callable[[], None], tuple[str, ...]] = {
     load_into_a_replica: ("q_proj", "DistributedDataParallel"),
     save_flat_shards: ("save", "layers"),
     load_into_a_part_of_a_unit: ("0.q_proj", "fully_shard"),
+    load_over_shards: ("layers.0.q_proj", "first", "shard"),
 }
 
 

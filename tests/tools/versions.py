@@ -81,8 +81,8 @@ def made(environment: Environment, folder: Path) -> Path:
     listed.write_text("\n".join(constraints(environment)) + "\n")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     linked = environment["python"] == OWN
-    changed = [*environment.get("pins", ()), *environment.get("newest", ()), "setuptools"]
-    names = map(in_bounds, changed) if linked else declared()
+    changed = [*environment.get("pins", ()), *map(in_bounds, environment.get("newest", ())), "setuptools"]
+    names = changed if linked else declared()
     subprocess.run([*pip, "--upgrade", "--constraint", listed, *names], check=True)
     if linked:
         (site,) = folder.glob("lib/python*/site-packages")
