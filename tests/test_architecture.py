@@ -66,7 +66,7 @@ FILES = {
         "lora full bottleneck ia3 prompt prefix",
         "dora",
     ],
-    "kinds.prefix": ["_context _heads", "_flex _multihead", "_transformers _torch_attention", "prefix"],
+    "kinds.prefix": ["_context _heads", "_flex _multihead", "_transformers _torch_attention", "_rows", "prefix"],
     "files": ["header untrusted", "container fingerprint", "rebuild", "save_load parts"],
     "planning": ["forecast", "plan"],
     "training": [

@@ -104,11 +104,13 @@ FAMILIES: dict[str, tuple[Make, Callable[[], dict[str, Tensor]]]] = {
 }  # fmt: skip
 FAST = {
     "mixed": ("llama", "whisper", "qwen3-moe"), "LoRA": ("vit",), "DoRA": ("gpt2",), "IA3": ("bert",),
-    "Bottleneck": ("t5",), "Prefix": ("llama",), "Prompt": ("mamba2",), "Full": ("opt",),
+    "Bottleneck": ("t5",), "Prefix": ("llama",), "Prefix, padded": ("gpt2", "whisper"), "Prompt": ("mamba2",),
+    "Full": ("opt",),
 }  # fmt: skip
 # Where a type has no place: no attention, one that is computed in place, no input of embedded tokens.
 WITHOUT = {
     "Prefix": ("mamba2", "bloom"),
+    "Prefix, padded": ("mamba2", "bloom"),
     "Prompt": ("bert", "roberta", "whisper", "vit"),
 }
 PROMPTED = {"t5": "encoder"}  # else the whole model
@@ -176,6 +178,13 @@ def prefix(model: Any) -> None:
         peftlib.inject(model, hosts, Prefix, name=name, **config)
 
 
+def padded_prefix(model: Any) -> None:
+    """Of other lengths, in one softmax with the tokens."""
+    hosts = names_of(model, lambda _, module: module_is_attention(module))
+    for name, length in {"low": 2, "scaled": 4, "high": 3, "both": 4}.items():
+        peftlib.inject(model, hosts, Prefix, length=length, name=name)
+
+
 def module_is_attention(module: Any) -> bool:
     """The innermost, which makes the call."""
     inside = [child for child in module.modules() if child is not module]
@@ -207,13 +216,18 @@ def full(model: Any) -> None:
 
 TYPES: dict[str, Callable[[Any], None]] = {
     "mixed": all_types, "LoRA": lora, "DoRA": dora, "IA3": ia3, "Bottleneck": bottleneck, "Prefix": prefix,
+    "Prefix, padded": padded_prefix,
     "Prompt": prompt, "Full": full,
 }  # fmt: skip
 
 
 def rows_for(kind: str) -> list[Any]:
     """Two copies of one weight have no sum; and prompts of one length alone lie in a common batch."""
-    other: dict[Any, str] = {"Full": {BOTH: "both"}, "Prompt": {BOTH: "both", None: "base"}}.get(kind, {})
+    other: dict[Any, str] = {
+        "Full": {BOTH: "both"},
+        "Prefix, padded": {BOTH: "both"},
+        "Prompt": {BOTH: "both", None: "base"},
+    }.get(kind, {})
     return [other.get(row, row) for row in ROWS]
 
 

@@ -107,10 +107,27 @@ def test_each_row_generates_what_it_generates_alone(make, beams):
     assert len(others) > 2, "the adapters make no difference"
 
 
+@pytest.mark.parametrize("make", [llama, gpt2], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_rows_with_prefixes_of_other_lengths_share_a_cache(make, beams):
+    model, rows = make(), ["a", None, "b", "a", "c", "b"]
+    for name, length in {"a": 2, "b": 5, "c": 1}.items():
+        peftlib.inject(model, "self_attn" if make is llama else "*.attn", peftlib.Prefix, length=length, name=name)
+    moved(model, size=0.5)
+    tokens, mask = prompts()
+    with peftlib.route(model, rows):
+        sequences, logits = generate(model, tokens, mask, num_beams=beams)
+    for row, choice in enumerate(rows):
+        with peftlib.activate(model, *([] if choice is None else [choice])):
+            expected, scores = generate(model, tokens[row : row + 1], mask[row : row + 1], num_beams=beams)
+        assert torch.equal(sequences[row], expected[0])
+        torch.testing.assert_close(logits[row * beams : (row + 1) * beams], scores, rtol=0, atol=1e-10)
+
+
 def test_a_module_that_must_run_by_groups_refuses_a_cache_and_runs_without():
     model = llama()
     for name in ("a", "b"):
-        peftlib.inject(model, "self_attn", peftlib.Prefix, length=2, name=name)
+        peftlib.inject(model, "self_attn", peftlib.Prefix, length=2, gate=True, name=name)
     tokens, mask = prompts()
     tokens, mask = tokens[:2], mask[:2]
     with peftlib.route(model, ["a", "b"]):

@@ -64,10 +64,9 @@ def assert_fits(target: str, name: str, kernel: Compiled, rank: int = 16, few: b
     assert kernel.spilled == 0, "registers spilled"
     assert kernel.shared <= SHARED_LIMIT[target], "more shared memory than the device has"
     assert kernel.atomics == 0, "sums would come in any order"
-    if few and name.startswith("grouped"):
-        assert kernel.narrow_loads <= 3
-    elif rank % 8 == 0:  # else the rows of a skinny operand do not begin at 16 bytes
-        assert kernel.narrow_loads == (name == "expand" and target != "gfx942"), "two-byte loads, beside a tile's bias"
+    if rank % 8 == 0:  # else the rows of a skinny operand do not begin at 16 bytes
+        of_bias = name == "expand" and target != "gfx942"
+        assert kernel.narrow_loads <= (3 if few and name.startswith("grouped") else of_bias), "two-byte loads"
     if name not in ("sum", "grouped_sum"):
         assert kernel.matrix > 0, "no matrix instruction"
 

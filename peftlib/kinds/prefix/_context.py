@@ -58,6 +58,16 @@ class Front:
         own = [F.pad(tensor, (0, 0, 0, padding)) for tensor in own] if padding else own
         return torch.cat([own[0], key], -2), torch.cat([own[1], value], -2)
 
+    @property
+    def is_filled_up(self) -> bool:
+        """Whether some rows do not see all that is in front, so that each call needs a mask."""
+        return False
+
+    def visible(self, mask: Tensor, keys: int) -> Tensor:
+        """A mask [..., keys], boolean (True is seen) or additive, with the keys in front, which every query sees."""
+        mask = mask.expand(*mask.shape[:-1], keys) if mask.shape[-1] == 1 else mask
+        return F.pad(mask, (self.length, 0), value=mask.dtype == torch.bool)
+
     def term(self, query: Tensor, scale: float | None) -> Tensor:
         """w · tanh(gate) · softmax(scale · Q Kᵀ) V over the prefix alone, [..., queries, value_dim]."""
         assert self.gate is not None
@@ -82,7 +92,36 @@ class Front:
         return own.expand(*tensor.shape[:-3], -1, -1, -1)
 
 
-def visible(mask: Tensor, length: int, keys: int) -> Tensor:
-    """A mask [..., keys], boolean (True is seen) or additive, with `length` keys in front that every query sees."""
-    mask = mask.expand(*mask.shape[:-1], keys) if mask.shape[-1] == 1 else mask
-    return F.pad(mask, (length, 0), value=mask.dtype == torch.bool)
+class RowsFront(Front):
+    """The same with keys and values of each row's own, [rows, heads, length, dim]: of the greatest length, filled up
+    with zeros, which the rows that have less do not see."""
+
+    def __init__(self, host: str, key: Tensor, value: Tensor, lengths: list[int]) -> None:
+        super().__init__(host, key, value)
+        self.lengths = lengths
+
+    @property
+    def is_filled_up(self) -> bool:
+        return len({*self.lengths}) > 1
+
+    def visible(self, mask: Tensor, keys: int) -> Tensor:
+        if not self.is_filled_up:
+            return super().visible(mask, keys)
+        mask = mask.expand(*mask.shape[:-1], keys) if mask.shape[-1] == 1 else mask
+        seen = torch.arange(self.length) < torch.tensor(self.lengths)[:, None]  # [rows, length]
+        seen = seen.to(mask.device).view(len(seen), 1, 1, -1)
+        if mask.dtype != torch.bool:
+            seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, -torch.inf)
+        shape = torch.broadcast_shapes(mask.shape[:-1], seen.shape[:-1])
+        return torch.cat([seen.expand(*shape, -1), mask.expand(*shape, -1)], -1)
+
+    def _fit(self, own: Tensor, tensor: Tensor, last: bool = True) -> Tensor:
+        heads = own.shape[1]
+        known = tensor.dim() == 4 and len(tensor) == len(own) and tensor.shape[1] % heads == 0
+        if not known or tensor.shape[-1] != own.shape[-1]:
+            raise OtherLayoutError
+        return own.to(tensor.dtype).repeat_interleave(tensor.shape[1] // heads, 1)
+
+
+class OtherLayoutError(Exception):
+    """An attention call whose rows are not those of its host, or not where they are known to be."""

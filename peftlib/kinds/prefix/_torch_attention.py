@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ._context import Front, visible
+from ._context import Front
 from ._flex import flex_in_front
 from ._multihead import multi_head_in_front
 
@@ -55,8 +55,11 @@ def _scaled_dot_product(
     if front.gate is not None:
         y = call(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **rest)
         return y + front.term(query, scale)
+    if attn_mask is None and front.is_filled_up:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=key.device)
+        attn_mask, is_causal = attn_mask.tril() if is_causal else attn_mask, False
     if attn_mask is not None:
-        attn_mask = visible(attn_mask, front.length, key.shape[-2])
+        attn_mask = front.visible(attn_mask, key.shape[-2])
     key, value = front.beside(key, value)
     if not is_causal:
         return call(query, key, value, attn_mask, dropout_p, scale=scale, **rest)

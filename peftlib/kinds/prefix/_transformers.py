@@ -11,7 +11,7 @@ from ..._core.foreign import ATTENTION, attention_of, attention_registry
 from ..._core.host import base_type
 from ..._core.override import overridden
 from ..._errors import AdapterError
-from ._context import Front, visible
+from ._context import Front
 from ._flex import blocks_in_front
 
 # Tensors of a call that say nothing of the keys, so that keys may come in front of them.
@@ -41,7 +41,11 @@ def uses_registry(host: nn.Module) -> bool:
     """Whether the host's attention can only be met in the registry: what calls torch's own function is met there."""
     name = attention_of(host) or ""
     meant = name in ("eager", "flex_attention") or "flash" in name
-    return meant and _registry_of(host)[0] is not None
+    return meant and has_registry(host)
+
+
+def has_registry(host: nn.Module) -> bool:
+    return _registry_of(host)[0] is not None
 
 
 def _registry_of(host: nn.Module) -> tuple[Any, Any]:
@@ -78,7 +82,7 @@ def _attend(
         _require_understood(front, kwargs)
         if "flash" in name:
             kwargs = _flash_keywords(front, function, query, key, attention_mask, kwargs)
-        attention_mask, padding = _mask_in_front(front, attention_mask, key.shape[-2])
+        attention_mask, padding = _mask_in_front(front, attention_mask, key)
         if kwargs.get("position_bias") is not None:
             bias = kwargs["position_bias"]
             kwargs = {**kwargs, "position_bias": F.pad(bias, (front.length + padding, 0))}
@@ -89,16 +93,16 @@ def _attend(
     ) and attention_weights.dim() == 4 else attention_weights
 
 
-def _mask_in_front(front: Front, mask: Any, keys: int) -> tuple[Any, int]:
+def _mask_in_front(front: Front, mask: Any, key: Tensor) -> tuple[Any, int]:
     """The mask is None, [batch, keys] of ones and zeros, [batch, heads, queries, keys], or in blocks, where keys are to
     be filled up."""
     if mask is None:
-        return None, 0
+        return (front.visible(key.new_zeros(1, key.shape[-2]), key.shape[-2]) if front.is_filled_up else None), 0
     if not isinstance(mask, Tensor):
         return blocks_in_front(front.length, mask)
     if mask.dim() == 2:
         return F.pad(mask, (front.length, 0), value=1), 0
-    return visible(mask, front.length, keys), 0
+    return front.visible(mask, key.shape[-2]), 0
 
 
 def _require_understood(front: Front, kwargs: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from ..._core.walk import adapters
 from ..._errors import AdapterError
 from ._context import Front
 from ._heads import heads_of
+from ._rows import prefix_rows_of
 from ._torch_attention import InFront
 from ._transformers import registered, uses_registry
 
@@ -130,6 +131,11 @@ class Prefix(Adapter):
 
     def takes_weight(self, host: nn.Module) -> bool:
         return self.gate is not None  # one softmax over all has no part that could be scaled
+
+    @classmethod
+    def together(cls, host: nn.Module, groups: Any, adapters: Any) -> Any:
+        plain = all(type(one) is Prefix for own in adapters for one in own)
+        return prefix_rows_of(host, groups, adapters) if plain and groups.dim == 0 else None
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """What stands in front.
