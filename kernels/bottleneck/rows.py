@@ -47,7 +47,8 @@ def bottleneck_rows(
 
     Source: Houlsby et al., Parameter-Efficient Transfer Learning for NLP, 2019.
     """
-    scale = None if {*scales} == {1.0} else x.new_tensor(scales).view(-1, 1, 1)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = None if {*scales} == {1.0} else torch.tensor(scales, dtype=wide, device=x.device).view(-1, 1, 1)
     given = None if residual is x else residual
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, given, *weights)):
         return apply(_BottleneckRows, x, given, scale, activation, residual is x, *weights)
@@ -126,5 +127,5 @@ def _stacked(weights: Sequence[Tensor], scale: Tensor | None) -> tuple[Tensor, .
     """down [blocks, width, in], its bias [blocks, 1, width], and both of up times s."""
     down, down_bias, up, up_bias = (torch.stack([*weights[at::4]]) for at in range(4))
     if scale is not None:
-        up, up_bias = up * scale, up_bias * scale[..., 0]
+        up, up_bias = (up * scale).to(up.dtype), (up_bias * scale[..., 0]).to(up.dtype)
     return down, down_bias.unsqueeze(1), up, up_bias.unsqueeze(1)

@@ -77,10 +77,12 @@ class Segments:
         return self._scales[device]
 
     def scale_column(self, like: Tensor) -> Tensor:
-        """The scales [pairs, 1, 1] in the dtype and on the device of `like`, copied there once."""
+        """The scales [pairs, 1, 1] on the device of `like`, copied there once. In float32 at least: 10/3 in bfloat16 is
+        another scale."""
         key = like.dtype, like.device
         if key not in self._columns:
-            self._columns[key] = torch.tensor(self.scales, dtype=like.dtype).to(like.device).view(-1, 1, 1)
+            wide = torch.promote_types(like.dtype, torch.float32)
+            self._columns[key] = torch.tensor(self.scales, dtype=wide).to(like.device).view(-1, 1, 1)
         return self._columns[key]
 
 
