@@ -51,15 +51,15 @@ def bench_switch(contest) -> None:
 def bench_clone(contest) -> None:
     """Weights, AdamW's moments and the state of dropout, from one trial to another."""
     trials = peftlib.Trials(blocks(64, DEPTH))
-    for name in ("source", "to"):
+    for name in ("source", "target"):
         part = (PROJECTIONS, peftlib.LoRA, {"rank": 8})
         trials.add(name, part, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), seed=0)
     trials.step({name: y.square().mean() for name, y in trials(torch.randn(1, 4, 64)).items()})
 
     def by_state() -> None:
-        trials["to"].load_state_dict(copy.deepcopy(trials["source"].state_dict()))
+        trials["target"].load_state_dict(copy.deepcopy(trials["source"].state_dict()))
 
-    runs = {"peftlib": lambda: trials.clone("source", "to"), "by way of a state": by_state}
+    runs = {"peftlib": lambda: trials.clone("source", "target"), "by way of a state": by_state}
     contest("clone a trial, 882 linears", runs, tests="tests/training/test_trials.py")
 
 

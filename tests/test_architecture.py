@@ -41,8 +41,8 @@ FILES = {
         "lora grouped bottleneck",
     ],
     "_core": [
-        "targets override table progress foreign containers reads randomness swap weights sharded averaged",
-        "quantized adapter row_groups",
+        "targets override table progress foreign containers reads swap weights sharded averaged finite",
+        "quantized adapter row_groups randomness",
         "clone guesses lazy_weight row_layout",
         "rows",
         "host",

@@ -17,12 +17,13 @@ from .sharded import require_no_units, settle
 from .table import html_table, table
 from .walk import (
     adapters,
+    all_hosts,
+    one_selection,
     remember_view,
     require,
     require_one_copy,
     require_scalable,
     require_unmerged,
-    share_selection,
 )
 from .weights import Choice, Chosen, Weights, chosen, with_weight
 
@@ -60,7 +61,7 @@ def _what_acts(model: nn.Module) -> list[tuple[Any, ...]]:
     found: dict[str, list[Adapter]] = {}
     for _, name, adapter in adapters(model):
         found.setdefault(name, []).append(adapter)
-    selection = share_selection(model)
+    selection = one_selection(all_hosts(model))
     return [(name, _state(selection, name), _kinds(parts), *_sizes(parts)) for name, parts in found.items()]
 
 

@@ -43,25 +43,20 @@ def require_steady(named: Iterable[tuple[str, nn.Module]], host_names: Iterable[
                 )
 
 
-def rescales_any(modules: Iterable[nn.Module]) -> bool:
-    """Asked where the names of the modules are not at hand: to find them costs more than this."""
-    return any(type(module).__name__ in _RESCALING for module in modules)
-
-
 def _rescales(module: Any) -> bool:
     """Up to so many blocks the factor is one."""
     every, blocks = _RESCALING[type(module).__name__]
     return 0 < getattr(module.config, every, 0) < len(getattr(module, blocks))
 
 
-# Attributes in which modules of timm keep, in eval mode, what they made of a parameter.
-_CACHES_OF_WEIGHTS = ("attention_bias_cache",)
+# The attribute in which modules of timm keep, in eval mode, what they made of a parameter.
+_CACHE_OF_WEIGHTS = "attention_bias_cache"
 
 
 def cache_of_weights(module: nn.Module) -> str | None:
     """The attribute in which a module keeps values of its weights from call to call: they would outlive an adapter that
     is switched off or changed."""
-    return next((name for name in _CACHES_OF_WEIGHTS if isinstance(module.__dict__.get(name), dict)), None)
+    return _CACHE_OF_WEIGHTS if isinstance(module.__dict__.get(_CACHE_OF_WEIGHTS), dict) else None
 
 
 _entries: weakref.WeakKeyDictionary[type, str | None] = weakref.WeakKeyDictionary()
@@ -214,6 +209,19 @@ def device_of(host: nn.Module) -> torch.device:
 def _offloading(module: nn.Module) -> list[Any]:
     hooks = getattr(hook_of(module), "hooks", (hook_of(module),))
     return [hook for hook in hooks if getattr(hook, "offload", False)]
+
+
+_backward_now: Any = getattr(torch._C, "_current_graph_task_id", None)  # private: the number of a backward pass, or -1
+
+
+def is_in_backward() -> bool:
+    """Whether this thread is inside a backward pass, where only what is checkpointed calls a module again."""
+    if _backward_now is None:
+        raise AdapterError(
+            f"torch {torch.__version__} does not say whether a call is computed again in backward, where dropout with "
+            "seed= needs the mask of the first time, and routed modules their rows. Install an older torch."
+        )
+    return _backward_now() != -1
 
 
 # Whether `torch.fx.symbolic_trace` is under way, which calls modules with symbols in the place of tensors.

@@ -1,7 +1,7 @@
 """A frozen base: its parameters get no gradient, its statistics are held, and a buffer that moves is noticed."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,24 +10,27 @@ from torch import Tensor, nn
 from .foreign import keeps_statistics
 from .host import BUFFERS, Selection, attach, is_host
 from .merge import base_weight
-from .walk import base_modules, candidates, selections_of
+from .walk import all_hosts, base_modules, candidates, selections_of
 
 _FROZEN = "_peftlib_frozen"
 _LARGEST = 2**24  # bytes; what is larger is a table or a quantized weight, and copies of them would be a second model
 _MOST_INTEGERS = 2**10  # counters, not codes
 
 
-def freeze_base(model: nn.Module, selection: Selection) -> list[str]:
-    """Remembers on each module which of its parameters trained, by name: others may replace the parameters; and its
-    buffers, by value. What moves running statistics becomes a host, whose forward holds them; the names are those of
-    what was none before."""
+def freeze_base(base: Iterable[tuple[str, nn.Module]], selection: Selection) -> list[str]:
+    """Remembers on each of these modules which of its parameters trained, by name: others may replace the parameters;
+    and its buffers, by value. What moves running statistics becomes a host, whose forward holds them; the names are
+    those of what was none before."""
     held: list[str] = []
-    for name, module in candidates(model):
-        on = tuple(leaf for leaf, p in module._parameters.items() if p is not None and p.requires_grad)
+    for name, module in base:
+        own: dict[str, Any] = module._parameters
+        on = [leaf for leaf, p in own.items() if p is not None and p.requires_grad] if own else ()
         if on:
             module.__dict__[_FROZEN] = (*module.__dict__.get(_FROZEN, ()), *on)
             for leaf in on:
-                module.get_parameter(leaf).requires_grad_(False)
+                own[leaf].requires_grad_(False)
+        if not module._buffers:
+            continue
         if BUFFERS not in module.__dict__:
             kept = {
                 leaf: (buffer, buffer.detach().clone())
@@ -69,14 +72,14 @@ def moved_buffers(model: nn.Module) -> list[str]:
 
 def is_reloaded(model: nn.Module) -> bool:
     """Whether a checkpoint of the base was loaded since, so that what is remembered is that of another base."""
-    return any(selection.reloaded for selection in selections_of(model))
+    return any(selection.reloaded for selection in selections_of(all_hosts(model)))
 
 
 @contextlib.contextmanager
-def statistics_held(model: nn.Module) -> Iterator[None]:
+def statistics_held(modules: Iterable[nn.Module]) -> Iterator[None]:
     """For what reads weights while the adapters that hold statistics are yet to come: to compute a parametrized weight
     may take a step of its power iteration."""
-    moving = [module for module in base_modules(model) if module.training and keeps_statistics(module)]
+    moving = [module for module in modules if module._buffers and module.training and keeps_statistics(module)]
     try:
         for module in moving:
             module.training = False

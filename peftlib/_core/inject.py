@@ -31,16 +31,18 @@ from .readers import Readers
 from .sharded import is_sharded, settle
 from .targets import Targets, select
 from .walk import (
-    adapters,
-    base_modules,
+    Base,
+    all_hosts,
     candidates,
+    first_names,
     hosts,
+    hosts_among,
+    one_selection,
     require_no_views,
     require_one_copy,
     require_unmerged,
     require_unrouted,
     selections_of,
-    share_selection,
 )
 
 
@@ -110,25 +112,30 @@ def inject(
         ['self_attn', 'linear1']
     """
     require_name(name)
-    require_changeable(model, "inject")
+    named = candidates(model, aliases=True)  # the one walk of the model, for all that is asked of it before a change
+    base = first_names(named)
+    require_changeable(model, "inject", base)
     if seed is not None:
         require_seed(seed)
         config["seed"] = seed
-    with statistics_held(model):
-        there = parts_to_inject(model, targets, kind, exclude, config)
+    with statistics_held(module for _, module in base):
+        there = parts_to_inject(model, named, targets, kind, exclude, config)
         placed = [build(part, name) for part in reported(there, len(there), "inject", progress)]
-    require_free(model, placed)
-    install(model, placed, freeze=freeze)
+    require_free(base, placed)
+    install(model, placed, freeze=freeze, base=base)
     return list(dict.fromkeys(item.host_name for item in placed))
 
 
-def install(model: nn.Module, placed: list[Placed], *, freeze: bool, active: bool = True) -> None:
-    """Puts adapters in that are made, all or nothing; active, or off."""
+def install(
+    model: nn.Module, placed: list[Placed], *, freeze: bool, active: bool = True, base: Base | None = None
+) -> None:
+    """Puts adapters in that are made, all or nothing; active, or off. `base` are its modules, where they are known."""
+    base = candidates(model) if base is None else base
     hosts_to_be = [(item.host_name, item.host) for item in placed]
     require_outside("adapters", hosts_to_be, "Put them in first, or make a new DistributedDataParallel")
     with all_or_nothing(model):
-        selection = share_selection(model)
-        for around in fast_paths_around(base_modules(model), {id(item.host) for item in placed}):
+        selection = one_selection(hosts_among(base))
+        for around in fast_paths_around((module for _, module in base), {id(item.host) for item in placed}):
             attach(type(around).__name__, around, selection)
         for host_name, host, adapter in placed:
             attach(host_name, host, selection)
@@ -136,15 +143,15 @@ def install(model: nn.Module, placed: list[Placed], *, freeze: bool, active: boo
             if active and adapter.name not in selection.active:
                 selection.active += (adapter.name,)
         require_one_copy(model, selection.active, "inject")
-        held = freeze_base(model, selection) if freeze else []
+        held = freeze_base(base, selection) if freeze else []
         remember(model, placed, held)
 
 
-def require_changeable(model: nn.Module, doing: str) -> None:
+def require_changeable(model: nn.Module, doing: str, base: Base | None = None) -> None:
     """Adapters come and go only while the base is unmerged and no view of the model is alive."""
     require_uncompiled(model, doing)
     settle(model)
-    for selection in selections_of(model):
+    for selection in selections_of(all_hosts(model) if base is None else hosts_among(base)):
         require_no_views(selection, doing)
         require_unmerged(selection, doing)
         require_unrouted(selection, doing)
@@ -160,19 +167,16 @@ def require_uncompiled(model: nn.Module, doing: str) -> None:
 
 
 def parts_to_inject(
-    model: nn.Module, targets: Targets, kind: type[Adapter], exclude: Targets, config: dict[str, Any]
+    model: nn.Module, named: Base, targets: Targets, kind: type[Adapter], exclude: Targets, config: dict[str, Any]
 ) -> list[Part]:
+    """Of a model that has these modules, under all their names."""
     require_kind(kind)
     require_keywords(kind, seed_in(kind, config)[1])
-    require_uncompiled(model, "inject")
-    named = candidates(model, aliases=True)
     hits = {id(module) for _, module in select(named, targets, exclude)}
-    first_named: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in named:
-        first_named.setdefault(id(module), (name, module))
-    order = {key: position for position, key in enumerate(first_named)}
-    chosen = [item for key, item in first_named.items() if key in hits]
-    require_steady(first_named.values(), [name for name, _ in chosen])
+    base = first_names(named)
+    order = {id(module): position for position, (_, module) in enumerate(base)}
+    chosen = [item for item in base if id(item[1]) in hits]
+    require_steady(base, [name for name, _ in chosen])
     return sorted(_parts(model, chosen, Readers(named), kind, config), key=lambda part: order[id(part.host)])
 
 
@@ -203,7 +207,7 @@ def build(part: Part, name: str, on_meta: bool = False) -> Placed:
     if seed is not None:
         adapter.config["seed"] = seed
         adapter.add_module("masks", Masks(*place))
-    adapter.name = name
+    adapter.__dict__["name"] = name
     if not part.host.training:
         adapter.eval()
     return Placed(part.host_name, part.host, adapter)
@@ -286,14 +290,16 @@ def require_adaptable(name: str, host: nn.Module, *, sharded: bool = False) -> N
         raise AdapterError(f"{where}: {found} has no forward and is never called. Target the modules inside it.")
 
 
-def require_free(model: nn.Module, placed: list[Placed]) -> None:
+def require_free(base: Base, placed: list[Placed]) -> None:
     """The tensors of one name have distinct keys in its file: what is there twice would be saved once."""
     taken: dict[tuple[str, str], str] = {}
     here = {item.host_name for item in placed}
     around = {above for host_name in here for above in _around(host_name)}
-    for host_name, name, adapter in adapters(model):
-        if host_name in around or not here.isdisjoint(_around(host_name)):  # others share no key with these
-            taken.update({(name, key): type(adapter).__name__ for key in _keys(host_name, adapter)})
+    for host_name, host in base:
+        if not is_host(host) or (host_name not in around and here.isdisjoint(_around(host_name))):
+            continue  # others share no key with these
+        for adapter in parts(host):
+            taken.update({(adapter.name, key): type(adapter).__name__ for key in _keys(host_name, adapter)})
     for host_name, _, adapter in placed:
         own = {(adapter.name, key): type(adapter).__name__ for key in _keys(host_name, adapter)}
         for name, key in sorted(own.keys() & taken.keys()):

@@ -7,7 +7,7 @@ moved, or has something wrapped around it, is not: layers may be deleted, insert
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -40,11 +40,11 @@ def remember(model: nn.Module, placed: Sequence[tuple[str, nn.Module, Adapter]],
     _entries.update((part, host.num_embeddings) for _, host, part in placed if isinstance(host, nn.Embedding))
 
 
-def _way(model: nn.Module, host_name: str) -> list[tuple[nn.Module, str, nn.Module]]:
+def _way(model: Any, host_name: str) -> list[tuple[nn.Module, str, nn.Module]]:
     """From the model to the host: each module around it, the child's name there, and the child."""
     steps, around = [], model
     for leaf in host_name.split(".") if host_name else ():
-        steps.append((around, leaf, around.get_submodule(leaf)))
+        steps.append((around, leaf, around._modules[leaf]))
         around = steps[-1][2]
     return steps
 

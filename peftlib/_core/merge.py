@@ -136,7 +136,7 @@ def base_weight(owner: nn.Module, leaf: str) -> Tensor:
 
 def forget_backups(model: nn.Module) -> None:
     """Makes a merge final. The walk is over before the first copy goes: all of them go, or none."""
-    for owner in [*base_modules(model)]:
+    for owner in base_modules(model):
         owner.__dict__.pop(_BACKUP, None)
 
 

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from .._errors import AdapterError
 from .activate import Undo, choose
-from .host import adapters_of
+from .host import adapters_of, is_host
 from .row_groups import Names, Rows, may_mix_rows
-from .walk import all_hosts, require, require_one_copy
+from .sharded import every_module
+from .walk import require, require_one_copy
 
 M = TypeVar("M", bound=nn.Module)
 Choice = str | None | Names
@@ -68,9 +69,10 @@ def route(
         raise AdapterError(f"route: dim={dim!r} is counted from the front, from 0. Pass dim=0, say.")
     found = Rows(of, dim)
     found.root = weakref.ref(model)
-    found.norms = tuple(weakref.ref(module) for module in model.modules() if may_mix_rows(module))
+    modules = every_module(model)  # an adapter may have a norm of its own
+    found.norms = tuple(weakref.ref(module) for module in modules if may_mix_rows(module))
     found.require_apart()
-    for host in all_hosts(model):  # here, and not in the first call, where torch.compile would see it done
+    for host in filter(is_host, modules):  # here, and not in the first call, where torch.compile would see it done
         found.groups(tuple(adapters_of(host)))
     return choose(model, selection, chosen, {}, found)
 

@@ -7,7 +7,7 @@ processes: then all refuse, or none.
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def settle(model: nn.Module) -> None:
     backward too: backward gathers them again."""
     if is_compiling() or not _fsdp_is_there():
         return
-    modules = _modules(model)
+    modules = every_module(model)
     found = _units_among(modules)
     for unit in found:
         unit.reshard()
@@ -66,7 +66,7 @@ def units(model: nn.Module) -> list[Any]:
     """The modules of a model that FSDP2 gathers as one."""
     if not _fsdp_is_there():
         return []
-    return _units_among(_modules(model))
+    return _units_among(every_module(model))
 
 
 def _units_among(modules: list[nn.Module]) -> list[Any]:
@@ -74,7 +74,7 @@ def _units_among(modules: list[nn.Module]) -> list[Any]:
     return [module for module in modules if isinstance(module, kind)]
 
 
-def _modules(model: nn.Module) -> list[nn.Module]:
+def every_module(model: nn.Module) -> list[nn.Module]:
     """As `model.modules()`, in a tenth of the time: every call that reads parameters asks for them."""
     found, seen = [model], {id(model)}
     for module in found:
@@ -218,10 +218,8 @@ def _join_unit(unit: Any, newcomers: nn.Module) -> None:
 
 
 def _group_of(unit: Any) -> Any:
-    """The one place that knows how torch keeps a unit's parameters."""
-    state = unit._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    if len(groups) != 1 or groups[0] is None:
+    groups = _groups_of(unit)
+    if len(groups) != 1:
         raise AdapterError(
             f"{type(unit).__name__}: this unit of fully_shard has {len(groups)} groups of parameters, and adapters "
             "join one. Load before fully_shard."
@@ -232,12 +230,20 @@ def _group_of(unit: Any) -> Any:
 def leave_units(model: nn.Module) -> None:
     """Units gather no more what was taken out of the model."""
     there = {id(module) for module in model.modules()}
-    for group in _groups(model):
+    for group in (group for unit in units(model) for group in _groups_of(unit)):
         staying = [each for each in group.fsdp_params if id(each._module_info.module) in there]
         group.fsdp_params[:] = staying or group.fsdp_params
 
 
-def _groups(model: nn.Module) -> Iterator[Any]:
-    for unit in units(model):
+def _groups_of(unit: Any) -> list[Any]:
+    """The one place that knows how torch keeps a unit's parameters: privately, in one group or in a list of them."""
+    try:
         state = unit._get_fsdp_state()
-        yield from getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group])
+        if hasattr(state, "_fsdp_param_groups"):
+            return [*state._fsdp_param_groups]
+        return [group for group in [state._fsdp_param_group] if group is not None]
+    except AttributeError as error:
+        raise AdapterError(
+            f"{type(unit).__name__}: how torch {torch.__version__} keeps the parameters of fully_shard is not known "
+            f"here ({error}). Load and eject before fully_shard."
+        ) from None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.adapter import Adapter, can_be_merged
+from .._core.finite import is_finite
 from .._core.host import parts
 from .._core.merged_weights import folded_by_host
 from .._core.override import owner_of, weight_of
@@ -96,7 +97,7 @@ def _require_values(adapter: Adapter, where: str) -> None:
         if tensor.is_meta or hasattr(tensor, "device_mesh"):
             found = "on the meta device" if tensor.is_meta else "a shard"
             raise AdapterError(f"{where}: {key} is {found}. Materialize or gather it first.")
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise AdapterError(f"{where}: {key} holds NaN or infinity. Load a finite adapter, or eject this one.")
 
 

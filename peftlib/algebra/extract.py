@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import require_whole_number
+from .._core.finite import is_finite
 from .._core.freeze import persistent_buffers
 from .._core.inject import require_changeable, require_name
 from .._core.quantized import quantized_as
 from .._core.readers import Readers
-from .._core.walk import base_modules, candidates, selections_of
+from .._core.walk import all_hosts, base_modules, candidates, selections_of
 from .._errors import AdapterError
 from ..files.container import Path, listed, opened, read_tensor
 from ..files.header import some
@@ -59,7 +60,7 @@ def extract(
     require_whole_number("rank", rank, say=8, where="extract")
     require_name(name)
     require_changeable(model, "extract")
-    if any(name in selection.count for selection in selections_of(model)):
+    if any(name in selection.count for selection in selections_of(all_hosts(model))):
         raise AdapterError(
             f"extract: {type(model).__name__} has an adapter named {name!r} already. Choose another name."
         )
@@ -88,7 +89,7 @@ def _changes(model: nn.Module, keys: dict[str, list[int]], read: _Read) -> Itera
     for module_name, module, leaf, own, names in tensors:
         _require_plain(module, leaf, own, names[0])
         found = read(next(key for key in names if key in keys)).detach().to(own.device)
-        if not found.isfinite().all():
+        if not is_finite(found):
             raise AdapterError(f"extract: {names[0]} holds NaN or infinity. Extract from a finite checkpoint.")
         if torch.equal(found.to(own.dtype), own):
             continue

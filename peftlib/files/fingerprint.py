@@ -1,7 +1,10 @@
 """A fingerprint of the base under an adapter: shapes, dtypes, and a hash over a fixed sample of each weight."""
 
+import functools
 import hashlib
-from typing import Any
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,32 +21,53 @@ _NARROW = (torch.bfloat16, torch.float16)
 _PLAIN = {"float64", "float32", "bfloat16", "float16"}
 
 Fingerprint = dict[str, Any]
+Samples = dict[str, Tensor]
 
 
-def fingerprint(host: nn.Module, replaced: set[str], *, gather: bool) -> Fingerprint:
+class Asked(NamedTuple):
+    """A module whose base is to be known again, and the names of the weights that its adapters replace outright. With
+    `gather`, which all processes of the mesh must ask for together, the values of shards are read too."""
+
+    host: nn.Module
+    replaced: set[str]
+    gather: bool
+
+
+def fingerprints(asked: Sequence[Asked]) -> list[Fingerprint]:
     """`weights`: dtype and shape of each, a packed weight's as it was before. `hash`: over the sample as it is, and as
     it would be after `.bfloat16()` and `.half()`, so that the same weights are known in a narrower dtype; without it
-    where there are no values to read: on the meta device, in a tensor subclass, sharded. With `gather`, which all
-    processes of the mesh must ask for together, those of shards are read too.
+    where there are no values to read: on the meta device, in a tensor subclass, sharded.
 
     `buffers`: the same of persistent buffers, and in `hash`, under "statistics", the values of running statistics,
     which are a part of the function that the adapter was trained on.
 
-    What an adapter replaces outright may differ from base to base: of such a weight only the shape is taken."""
-    weights, (buffers, statistics) = _weights(host), _buffers(host, replaced)
-    described = {name: [_name(tensor.dtype), *shape] for name, (tensor, shape) in weights.items()}
-    sampled = {name: tensor for name, (tensor, _) in weights.items() if name not in replaced}
-    read = _readable_or_sharded if gather else _readable
-    found: Fingerprint = {"weights": described}
+    What an adapter replaces outright may differ from base to base: of such a weight only the shape is taken.
+
+    The samples of all modules are read together: one by one, most of the time went to calls of torch."""
+    found = [_sampled(*each) for each in asked]
+    values = _values([sample for _, own, statistics in found for sample in (*own.values(), *statistics.values())])
+    for described, own, statistics in found:
+        if own:
+            described["hash"] = {"own": _hash(own, values[None])}
+            described["hash"] |= {_name(dtype): _hash(own, values[dtype]) for dtype in _NARROW}
+        if statistics:
+            described["hash"]["statistics"] = _hash(statistics, values[None])
+    return [described for described, _, _ in found]
+
+
+def _sampled(host: nn.Module, replaced: set[str], gather: bool) -> tuple[Fingerprint, Samples, Samples]:
+    """What needs no values, and samples of the weights and of the statistics; none unless all can be read."""
+    inside = candidates(host)
+    weights, (buffers, statistics) = _weights(inside), _buffers(inside, replaced)
+    found: Fingerprint = {"weights": {name: [_name(tensor.dtype), *shape] for name, (tensor, shape) in weights.items()}}
     if buffers:
         found["buffers"] = {name: [_name(tensor.dtype), *tensor.shape] for name, tensor in buffers.items()}
-    if sampled and all(read(tensor) for tensor in (*sampled.values(), *statistics.values())):
-        samples = {name: _sample(whole(tensor.detach())) for name, tensor in sampled.items()}
-        found["hash"] = {"own": _hash(samples, None), **{_name(dtype): _hash(samples, dtype) for dtype in _NARROW}}
-        if statistics:
-            moving = {name: _sample(tensor) for name, tensor in statistics.items()}
-            found["hash"]["statistics"] = _hash(moving, None)
-    return found
+    sampled = {name: tensor for name, (tensor, _) in weights.items() if name not in replaced}
+    read = _readable_or_sharded if gather else _readable
+    if not sampled or not all(read(tensor) for tensor in (*sampled.values(), *statistics.values())):
+        return found, {}, {}
+    samples = {name: _sample(whole(tensor.detach())) for name, tensor in sampled.items()}
+    return found, samples, {name: _sample(tensor) for name, tensor in statistics.items()}
 
 
 def differs(saved: Fingerprint, found: Fingerprint) -> str | None:
@@ -87,21 +111,21 @@ def _shape(weights: dict[str, list[Any]], name: str) -> object:
     return weights[name][1:] if name in weights else "absent"
 
 
-def _weights(host: nn.Module) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+def _weights(inside: list[tuple[str, nn.Module]]) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
     """Each parameter, and the shape that it stands for."""
     return {
         f"{path}.{leaf}".lstrip("."): (base_weight(module, leaf), weight_shape(module, leaf))
-        for path, module in candidates(host)
+        for path, module in inside
         for leaf, parameter in module._parameters.items()
         if parameter is not None
     }
 
 
-def _buffers(host: nn.Module, replaced: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _buffers(inside: list[tuple[str, nn.Module]], replaced: set[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Each persistent buffer by its dotted name, and those that are running statistics of the base."""
     buffers: dict[str, Tensor] = {}
     statistics: dict[str, Tensor] = {}
-    for path, module in candidates(host):
+    for path, module in inside:
         for leaf, _ in persistent_buffers(module):
             name, buffer = f"{path}.{leaf}".lstrip("."), base_weight(module, leaf)
             buffers[name] = buffer
@@ -119,20 +143,41 @@ def _readable_or_sharded(tensor: Tensor) -> bool:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    count = min(_SAMPLES, tensor.numel())
-    position = torch.arange(count, device=tensor.device) * tensor.numel() // max(1, count)
+    return tensor.detach()[_places(tensor.shape, tensor.device)].reshape(-1)
+
+
+@functools.lru_cache(256)  # the weights of a model have a few shapes, and this takes ten operations
+def _places(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
+    """For each dimension where the samples lie along it: they are as far apart as can be."""
+    count = min(_SAMPLES, shape.numel())
+    position = torch.arange(count, device=device) * shape.numel() // max(1, count)
     index = []
-    for size in reversed(tensor.shape):
+    for size in reversed(shape):
         index.insert(0, position % size)
         position = position // size
-    return tensor.detach()[tuple(index)].reshape(-1).cpu()
+    return tuple(index)
 
 
-def _hash(samples: dict[str, Tensor], dtype: torch.dtype | None) -> str:
+def _values(samples: list[Tensor]) -> dict[torch.dtype | None, dict[int, memoryview]]:
+    """The bytes of each sample, by its id, as it is (None) and in narrow dtypes."""
+    found: dict[torch.dtype | None, dict[int, memoryview]] = {dtype: {} for dtype in (None, *_NARROW)}
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for sample in samples:
+        alike.setdefault((sample.dtype, sample.device), []).append(sample)
+    for each in alike.values():
+        together, ends = torch.cat(each).cpu(), [*itertools.accumulate(map(len, each))]
+        for dtype, into in found.items():
+            values = together.to(dtype) if dtype is not None and together.is_floating_point() else together
+            data, size = values.view(torch.uint8).numpy().data, values.itemsize
+            into.update((id(s), data[(end - len(s)) * size : end * size]) for s, end in zip(each, ends, strict=True))
+    return found
+
+
+def _hash(samples: Samples, values: Mapping[int, memoryview]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, sample in sorted(samples.items()):
-        values = sample.to(dtype) if dtype is not None and sample.is_floating_point() else sample
-        digest.update(name.encode() + values.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(values[id(sample)])
     return digest.hexdigest()
 
 

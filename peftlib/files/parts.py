@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from .._core.adapter import Adapter
-from .._core.foreign import require_steady, rescales_any
+from .._core.foreign import require_steady
 from .._core.inject import (
     Part,
     Placed,
@@ -17,7 +17,7 @@ from .._core.inject import (
     require_name,
 )
 from .._core.override import owner_of
-from .._core.walk import base_modules, candidates
+from .._core.walk import candidates
 from .._errors import AdapterError
 from .rebuild import entries, fill, require_keys
 
@@ -36,11 +36,11 @@ def install_parts(
     """Puts all parts in under one name, or none; returns the hosts in the order of these modules. Of two parts that
     are shared the second gets the parameters of the first."""
     require_name(name)
-    require_changeable(model, "load")
-    if rescales_any(base_modules(model)):
-        require_steady(candidates(model), [part.host_name for part in parts])
+    base = candidates(model)
+    require_changeable(model, "load", base)
+    require_steady(base, [part.host_name for part in parts])
     placed = [_placed(part, name, where) for part in parts]
-    require_free(model, placed)
+    require_free(base, placed)
     for part, item in zip(parts, placed, strict=True):
         if part.tensors is not None:
             _fill(part, item, where)
@@ -49,7 +49,7 @@ def install_parts(
         _share(of_part[id(one)], of_part[id(other)])
     hosts = {id(part.host): part.host_name for part in parts}
     found = [hosts[id(module)] for module in order if id(module) in hosts]
-    install(model, placed, freeze=freeze, active=active)
+    install(model, placed, freeze=freeze, active=active, base=base)
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._core.adapter import KINDS, Adapter
+from .._core.finite import is_finite
 from .._core.foreign import device_of, require_steady
 from .._core.inject import Part, Placed, build, require_adaptable, seed_in
 from .._core.randomness import require_seed
@@ -187,10 +188,3 @@ def _checked(tensor: Tensor, expected: Tensor, key: str, path: str) -> Tensor:
     if not is_finite(tensor):
         raise AdapterError(f"{path}: {key} holds NaN or infinity. Train again from a finite checkpoint.")
     return tensor
-
-
-def is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() and not tensor.is_complex():
-        return True
-    known = tensor.is_complex() or tensor.dtype in _FLOATS
-    return bool((tensor if known else tensor.float()).isfinite().all())

@@ -10,17 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._core.finite import is_finite
 from .._core.freeze import moved_buffers
 from .._core.inject import Placed, install, placed_in, require_changeable, require_free, require_name
 from .._core.lost import require_all_there
 from .._core.refill import refill, require_refillable
 from .._core.sharded import is_sharded, leave_units, settle, shard_as_hosts, whole
-from .._core.walk import adapters, require
+from .._core.walk import candidates, require
 from .._errors import AdapterError
 from .container import Path, header_of, opened, read_tensor, require_unchanged, write
-from .fingerprint import differs, fingerprint
+from .fingerprint import Asked, differs, fingerprints
 from .header import Header, some
-from .rebuild import fill, is_finite, rebuilt, require_implied_shapes, require_keys
+from .rebuild import entries, fill, rebuilt, require_implied_shapes, require_keys
 
 
 def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[str, Any] | None = None) -> None:
@@ -51,9 +52,10 @@ def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[
     require(model, (name,))
     metadata = {} if metadata is None else metadata
     _require_json(metadata)
-    header: Header = {**described(placed_in(model, name), name), "metadata": metadata}
-    tensors = _tensors(model, name)
-    if writes_here(p for _, _, adapter in adapters(model, name) for p in adapter.parameters()):
+    placed = [*placed_in(model, name)]
+    header: Header = {**described(placed, name), "metadata": metadata}
+    tensors = _tensors(placed)
+    if writes_here(p for item in placed for p in item.adapter.parameters()):
         write(path, [*tensors], header)  # all gathered before anything can fail here alone
     else:
         collections.deque(tensors, maxlen=0)
@@ -86,11 +88,10 @@ def _require_json(metadata: Any) -> None:
         )
 
 
-def _tensors(model: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
-    for host_name, _, adapter in adapters(model, name):
-        state = adapter.state_dict()
-        for key, inner in adapter.file_keys().items():
-            tensor, where = whole(state[inner]), f"{host_name}.{key}".lstrip(".")
+def _tensors(placed: Iterable[Placed]) -> Iterator[tuple[str, Tensor]]:
+    for item in placed:
+        for where, _, state in entries(item):
+            tensor = whole(state)
             require_values(tensor, where)
             yield where, tensor.cpu().clone(memory_format=torch.contiguous_format)
 
@@ -114,7 +115,7 @@ def described(there: Iterable[Placed], name: str) -> Header:
     """The header of a file of these adapters, but for the user's metadata."""
     configs: list[dict[str, Any]] = []
     positions: dict[str, list[int]] = {}
-    base: dict[str, Any] = {}
+    asked: dict[str, Asked] = {}
     for host_name, items in _by_host(there).items():
         for item in items:
             config = {"kind": type(item.adapter).__name__, "config": item.adapter.config}
@@ -122,7 +123,8 @@ def described(there: Iterable[Placed], name: str) -> Header:
                 configs.append(config)
             positions.setdefault(host_name, []).append(configs.index(config))
         together = any(is_sharded(p) for item in items for p in item.adapter.parameters())
-        base[host_name] = fingerprint(items[0].host, _replaced(items), gather=together)
+        asked[host_name] = Asked(items[0].host, _replaced(items), together)
+    base = dict(zip(asked, fingerprints([*asked.values()]), strict=True))
     return {"name": name, "configs": configs, "hosts": positions, "base": base}
 
 
@@ -215,15 +217,14 @@ def _made(model: nn.Module, header: Header, name: str | None, into: str | None, 
     require_name(called)
     require_changeable(model, "load")
     placed = list(rebuilt(model, header, called, path))
-    require_free(model, placed)
+    require_free(candidates(model), placed)
     return placed
 
 
 def _require_base(placed: list[Placed], header: Header, path: str) -> None:
-    other = {
-        host_name: differs(header["base"][host_name], fingerprint(items[0].host, _replaced(items), gather=True))
-        for host_name, items in _by_host(placed).items()
-    }
+    asked = {at: Asked(items[0].host, _replaced(items), True) for at, items in _by_host(placed).items()}
+    found = dict(zip(asked, fingerprints([*asked.values()]), strict=True))
+    other = {host_name: differs(header["base"][host_name], own) for host_name, own in found.items()}
     wrong = [f"{host_name or 'the root'} {how}" for host_name, how in other.items() if how]
     if wrong:
         raise AdapterError(

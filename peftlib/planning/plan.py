@@ -10,9 +10,10 @@ from torch import nn
 from .._checks import require_whole_number
 from .._core.adapter import Adapter
 from .._core.freeze import statistics_held
-from .._core.inject import build, parts_to_inject
+from .._core.inject import build, parts_to_inject, require_uncompiled
 from .._core.table import equal_layers, html_table, size, table
 from .._core.targets import Targets
+from .._core.walk import candidates
 from .forecast import Forecast, forecast
 
 
@@ -125,8 +126,11 @@ def plan(
     """
     if tokens is not None:
         require_whole_number("tokens", tokens, say=1_000_000)
-    with statistics_held(model):
-        built = [build(part, "plan", on_meta=True) for part in parts_to_inject(model, targets, kind, exclude, config)]
+    require_uncompiled(model, "plan")
+    named = candidates(model, aliases=True)
+    with statistics_held(module for _, module in named):
+        there = parts_to_inject(model, named, targets, kind, exclude, config)
+        built = [build(part, "plan", on_meta=True) for part in there]
     rows = tuple(_plan_row(host_name, adapter) for host_name, _, adapter in built)
     cost = None if inputs is None else forecast(model, built, inputs, optimizer, trials)
     return Plan(rows, cost, tokens)

@@ -62,4 +62,4 @@ def _is_part(part: Any) -> bool:
 
 
 def _has_hosts(model: nn.Module) -> bool:
-    return any(True for _ in all_hosts(model))
+    return bool(all_hosts(model))
