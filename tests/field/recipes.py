@@ -22,6 +22,7 @@ class Recipe:
     patch: int = 8
     depth: int = 2
     divisor: int = 1
+    filled: bool = False  # what is None by default has a value, where a name is known
 
     @property
     def head(self) -> int:
@@ -35,6 +36,7 @@ RECIPES = [
     Recipe("an eighth", width=0, image=64, patch=16, divisor=8),
     Recipe("a quarter, large image", width=0, image=224, patch=32, divisor=4, depth=4),
     Recipe("shallow", width=0, image=224, patch=32),
+    Recipe("nothing left out", filled=True),
 ]
 
 Rule = tuple[str, Callable[[Any, Recipe], Any]]
@@ -81,7 +83,9 @@ RULES: list[Rule] = [
     (r"(image|img|crop|resolution|input_resolution|pretrain_image)_?size$|^resolution$", lambda v, r: min(v, r.image)),
     (r"patch_size$", lambda v, r: min(v, r.patch)),
     (r"(max_|n_)(.*_)?(position|positions|ctx|length|len)|max_pos|max_.*_positions", _bounded(128)),
-    (r"experts_per_tok|moe_topk|moe_top_k|num_experts_per", _bounded(2)),
+    (r"experts_per_tok|moe_topk|moe_top_k|num_experts_per|^moe_k$", _bounded(2)),
+    (r"^attn_layer_period$", _bounded(2)),  # of Jamba, with the next: its second layer is an attention
+    (r"^attn_layer_offset$", _bounded(1)),
     (r"^n_group$|topk_group|num_expert_group", _bounded(1)),
     (r"(num|n|routed|local).*experts$|^num_experts|moe_num_experts", _bounded(4)),
     (r"first_k_dense|dense_layers", _bounded(1)),
@@ -105,6 +109,22 @@ _NEEDED = {
     "prediction_length": 8,
     "attn_layer_indices": [1],
 }  # of None by default, where a model cannot do without
+_FILLS: dict[str, Callable[[Recipe], Any]] = {
+    "head_dim": lambda r: r.head,
+    "num_key_value_heads": lambda r: r.groups,
+    "n_routed_experts": lambda r: 4,
+    "n_shared_experts": lambda r: 1,
+    "num_experts": lambda r: 4,
+    "num_local_experts": lambda r: 4,
+    "num_experts_per_tok": lambda r: 2,
+    "n_group": lambda r: 1,
+    "topk_group": lambda r: 1,
+    "first_k_dense_replace": lambda r: 1,
+    "moe_intermediate_size": lambda r: 2 * r.width,
+    "shared_expert_intermediate_size": lambda r: 2 * r.width,
+    "layer_types": lambda r: ["full_attention"] * r.depth,
+    "pad_token_id": lambda r: 0,
+}
 _TOKENS = (
     r"(token|bos|eos|pad|start|end|mask|sep|cls|image|video|audio)_(ids?|index)$|_token_(id|index)s?$|fixing_codes$"
 )
@@ -143,6 +163,8 @@ def _changes(config: PreTrainedConfig, recipe: Recipe) -> Iterator[tuple[str, An
             yield name, type(value)(**_arguments(value, recipe))
         elif value is None and name in _NEEDED:
             yield name, _NEEDED[name]
+        elif value is None and recipe.filled and name in _FILLS:
+            yield name, _FILLS[name](recipe)
         elif isinstance(value, bool) or value is None or name.startswith("_"):
             continue
         elif re.search(_TOKENS, name):

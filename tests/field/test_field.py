@@ -51,6 +51,10 @@ def test_a_tiny_configuration_names_no_token_beyond_its_vocabulary(recipe):
     assert max(*config.decoder_fixing_codes, config.bos_token_id, config.eos_token_id) < config.vocab_size
 
 
+def test_a_model_whose_configuration_leaves_sizes_out_is_built():
+    assert families.build("hf/ministral").recipe.startswith("nothing left out")
+
+
 class FieldFaulty(peftlib.Adapter):
     """Adds a vector to what a linear gives, and has one fault, or none."""
 
