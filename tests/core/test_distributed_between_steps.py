@@ -143,7 +143,8 @@ def goes_on_after_a_refusal_that_is_kept(wrap: Wrap, folder: str) -> Any:
     del model
     peftlib.train_only(network, "second")
     peftlib.activate(network, "second")
-    loss_of(wrap(network), wrap).backward()
+    model = wrap(network)
+    loss_of(model, wrap).backward()
     return gradients(network)
 
 
