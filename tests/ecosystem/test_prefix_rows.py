@@ -139,6 +139,14 @@ def test_with_a_gate_or_two_prefixes_each_group_runs_by_itself():
             torch.testing.assert_close(found[row : row + 1], expected, rtol=0, atol=1e-12)
 
 
+def test_heads_that_do_not_fit_are_refused_as_alone():
+    model = model_of(heads=3, head_dim=4)
+    with pytest.raises(peftlib.AdapterError, match="heads="), peftlib.activate(model, "a"):
+        run(model, given(["a"], False))
+    with pytest.raises(peftlib.AdapterError, match="heads="), peftlib.route(model, ["a", "b"]):
+        run(model, given(["a", "b"], False))
+
+
 def test_in_half_precision_each_row_is_as_near_as_alone():
     rows = ROWS["of other lengths"]
     model, inputs = model_of(dtype=torch.bfloat16), given(rows, False)

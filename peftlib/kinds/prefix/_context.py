@@ -13,6 +13,8 @@ class Front:
     Without a gate they join the host's own in one softmax. With one they have a softmax of their own, and tanh(gate)
     times its result is added. It lives for one call and counts the attention calls that it sees."""
 
+    is_filled_up = False  # whether some rows do not see all that is in front, so that each call needs a mask
+
     def __init__(
         self, host: str, key: Tensor, value: Tensor, gate: Tensor | None = None, weight: float | Tensor = 1.0
     ) -> None:
@@ -58,11 +60,6 @@ class Front:
         own = [F.pad(tensor, (0, 0, 0, padding)) for tensor in own] if padding else own
         return torch.cat([own[0], key], -2), torch.cat([own[1], value], -2)
 
-    @property
-    def is_filled_up(self) -> bool:
-        """Whether some rows do not see all that is in front, so that each call needs a mask."""
-        return False
-
     def visible(self, mask: Tensor, keys: int) -> Tensor:
         """A mask [..., keys], boolean (True is seen) or additive, with the keys in front, which every query sees."""
         mask = mask.expand(*mask.shape[:-1], keys) if mask.shape[-1] == 1 else mask
@@ -93,23 +90,18 @@ class Front:
 
 
 class RowsFront(Front):
-    """The same with keys and values of each row's own, [rows, heads, length, dim]: of the greatest length, filled up
-    with zeros, which the rows that have less do not see."""
+    """The same with keys and values of each row's own, [rows, heads, length, dim]. `seen` [rows, length] is where they
+    are, and not zeros that fill up a shorter prefix; None where all is seen."""
 
-    def __init__(self, host: str, key: Tensor, value: Tensor, lengths: list[int]) -> None:
+    def __init__(self, host: str, key: Tensor, value: Tensor, seen: Tensor | None) -> None:
         super().__init__(host, key, value)
-        self.lengths = lengths
-
-    @property
-    def is_filled_up(self) -> bool:
-        return len({*self.lengths}) > 1
+        self.seen_by_row, self.is_filled_up = seen, seen is not None
 
     def visible(self, mask: Tensor, keys: int) -> Tensor:
-        if not self.is_filled_up:
+        if self.seen_by_row is None:
             return super().visible(mask, keys)
         mask = mask.expand(*mask.shape[:-1], keys) if mask.shape[-1] == 1 else mask
-        seen = torch.arange(self.length) < torch.tensor(self.lengths)[:, None]  # [rows, length]
-        seen = seen.to(mask.device).view(len(seen), 1, 1, -1)
+        seen = self.seen_by_row[:, None, None]
         if mask.dtype != torch.bool:
             seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, -torch.inf)
         shape = torch.broadcast_shapes(mask.shape[:-1], seen.shape[:-1])
