@@ -46,6 +46,10 @@ def _optional(*ways: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or any(holds(value) for holds in ways)
 
 
+def _is_blocks(value: Any) -> bool:
+    return isinstance(value, dict) and _is_count(value.get("nblocks", 1))
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -87,6 +91,7 @@ _LORA: dict[str, _Key] = {
         None, _optional(_is_indices, _of(_is_indices)), "a list of tokens, or such lists by name"
     ),
     "ensure_weight_tying": _FLAG,
+    "use_bdlora": _Key(None, _optional(_is_blocks), "a dict with a whole number of nblocks"),
     "peft_version": _Key(None, _optional(_is_text), "a version"),
     "init_lora_weights": _Key(True, lambda value: value is None or isinstance(value, (bool, str)), "a way to start"),
 }

@@ -14,7 +14,7 @@ from ..kinds.full import Full
 from .config import TRAINED_BY, Config
 from .experts import read_experts
 from .lora_bias import SUFFIX, OutputBias
-from .lora_layouts import Looked, Stacked, is_linear, magnitude_shape
+from .lora_layouts import Looked, Shape, Stacked, is_linear, magnitude_shape
 from .lora_pairs import MAGNITUDE, Start, begun_part, filled_part
 from .lora_sites import PREFIX, Site, Sites, scale_of, sites_of
 from .modules import Modules
@@ -52,7 +52,7 @@ def lora_parts(modules: Modules, config: Config, tensors: FileTensors, layout: s
 def fresh_lora(modules: Modules, config: Config, where: str) -> list[Part]:
     """The same adapters before any training."""
     _require_known_start(config, where)
-    trained_by = next((key for key in TRAINED_BY if config.get(key)), None)
+    trained_by = next((key for key in (*TRAINED_BY, "use_bdlora") if config.get(key)), None)
     if trained_by:
         raise AdapterError(
             f"{where}: {trained_by} is a way to train that has no counterpart here. Remove it, or train in peft and "
@@ -130,12 +130,21 @@ def _pair(site: Site, config: Config, tensors: FileTensors, layout: str | None) 
     site = _as_written(site, config, tensors, layout)
     shapes = site.layout.shapes(site.rank)
     keys = [f"{PREFIX}{site.path}.{name}" for name in site.layout.names]
-    A, B = (tensors.take(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    A, B = (_whole(tensors, key, shape, config) for key, shape in zip(keys, shapes, strict=True))
     if config["lora_bias"]:
         yield _bias_of_pair(site, config, tensors)
     if isinstance(site.host, nn.MultiheadAttention) and not A.count_nonzero() and not B.count_nonzero():
         return  # how a half that is not adapted is written: peft always adapts both
     yield _filled(site, config, tensors, A, B, _magnitude(site, tensors) if config["use_dora"] else None)
+
+
+def _whole(tensors: FileTensors, key: str, shape: Shape, config: Config) -> Tensor:
+    """BD-LoRA writes the blocks of a block-diagonal factor under one another."""
+    blocks = (config["use_bdlora"] or {}).get("nblocks", 1)
+    narrow = (shape[0], shape[1] // blocks)
+    if blocks == 1 or tensors.shapes.get(key) != list(narrow) or any(size % blocks for size in shape):
+        return tensors.take(key, shape)
+    return torch.block_diag(*tensors.take(key, narrow).chunk(blocks))
 
 
 def _filled(

@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import BdLoraConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -169,10 +170,11 @@ def test_what_peft_tries_computes_the_same_through_files_and_through_inject(mode
         {"velora_config": peft.VeloraConfig(num_groups=2)},
         {"velora_config": peft.VeloraConfig(num_groups=2, init_type="random")},
         {"monteclora_config": peft.MontecloraConfig(num_samples=2)},
+        {"use_bdlora": BdLoraConfig(target_modules_bd_a=["lin0"], target_modules_bd_b=["lin1"], nblocks=2)},
     ],
     ids=str,
 )
-def test_a_lora_that_peft_trained_in_another_way_is_read_and_not_begun(trained_by, tmp_path):
+def test_a_variant_that_is_a_lora_is_read_and_not_begun(trained_by, tmp_path):
     model = MODELS["perceptron"]
     config = peft.LoraConfig(target_modules=["lin0", "lin1"], r=4, **trained_by)
     theirs, x = of_peft(model, config), inputs_of(model)
