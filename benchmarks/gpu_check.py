@@ -1,6 +1,7 @@
 """`python benchmarks/gpu_check.py`: tests the kernels compiled on this machine's GPU, then times them.
 
-Nothing is timed while a test fails.
+Nothing is timed while a test fails. Tests and table end in `--minutes`, of which the tests may take half: the rest is
+dealt out over the questions, and over the lines of each; a line whose time is up has fewer rounds, one at least.
 """
 
 import argparse
@@ -8,11 +9,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from torch.nn import functional as F
 TESTS = Path(__file__).resolve().parent.parent / "tests" / "kernels"
 FILES = ("test_kernels_triton.py", "test_kernels_grouped.py")
 ADAPTERS = 8
+WARM = 3  # rounds that do not count
+
+T = TypeVar("T")
 
 
 class Problem(NamedTuple):
@@ -35,12 +39,13 @@ class Problem(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One line of the table: what was timed beside what, both in µs, and the bytes that it must move."""
+    """One line of the table: what was timed beside what, both in µs, in how many rounds, and the bytes to move."""
 
     name: str
     ours: float
     beside: str
     theirs: float
+    rounds: int
     bytes: int
 
 
@@ -59,24 +64,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python benchmarks/gpu_check.py", description=__doc__)
     for name, value in (("tokens", 8192), ("in", 4096), ("out", 4096), ("rank", 16), ("repeats", 30)):
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default {value}")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of tests and table together; default 10")
     parser.add_argument("--interpret", action="store_true", help="on the CPU in the interpreter; times mean nothing")
     given = vars(parser.parse_args(arguments))
     refusal = _refusal(given["interpret"])
     if refusal:
         print(refusal, file=sys.stderr)
         return 2
-    device = "cpu" if given["interpret"] else "cuda"
-    tests = [sys.executable, "-m", "pytest", "-q", *(str(TESTS / name) for name in FILES)]
-    if device == "cuda" and subprocess.run(tests, check=False).returncode:
-        print("A kernel is wrong on this device, so nothing is timed.", file=sys.stderr)
+    device, end = "cpu" if given["interpret"] else "cuda", time.monotonic() + 60 * given["minutes"]
+    wrong = _wrong(30 * given["minutes"]) if device == "cuda" else None
+    if wrong:
+        print(f"{wrong}, so nothing is timed.", file=sys.stderr)
         return 1
     problem = Problem(given["tokens"], given["in"], given["out"], given["rank"], device, torch.bfloat16)
     print(heading(problem))
-    for question, trials in QUESTIONS.items():
+    for (question, trials), until in _dealt_out(list(QUESTIONS.items()), end):
         print(f"\n{question}")
-        for trial in trials(problem):
-            print(line(timed(trial, given["repeats"], problem)), flush=True)
+        for trial, stop in _dealt_out(trials(problem), until):
+            print(line(timed(trial, given["repeats"], problem, stop)), flush=True)
     return 0
+
+
+def _wrong(seconds: float) -> str | None:
+    """What the tests found: a kernel is known to be right only where all of them ran and passed."""
+    tests = [sys.executable, "-m", "pytest", "-q", *(str(TESTS / name) for name in FILES)]
+    try:
+        failed = subprocess.run(tests, check=False, timeout=seconds).returncode
+    except subprocess.TimeoutExpired:
+        return f"The tests did not end in {seconds:.0f} s (--minutes gives them more)"
+    return "A kernel is wrong on this device" if failed else None
+
+
+def _dealt_out(items: Sequence[T], end: float) -> Iterator[tuple[T, float]]:
+    """Each item and when it is to end: what is left until `end`, in equal parts. What one leaves, the next ones get."""
+    for left, item in zip(range(len(items), 0, -1), items, strict=True):
+        now = time.monotonic()
+        yield item, now + (end - now) / left
 
 
 def _refusal(interpret: bool) -> str | None:
@@ -255,20 +278,21 @@ QUESTIONS: dict[str, Callable[[Problem], list[Trial]]] = {
 }
 
 
-def timed(trial: Trial, repeats: int, problem: Problem) -> Row:
-    ours, theirs = _times((trial.ours, trial.theirs), repeats, problem.device)
-    return Row(trial.name, ours, trial.beside, theirs, trial.elements * problem.dtype.itemsize)
+def timed(trial: Trial, repeats: int, problem: Problem, stop: float) -> Row:
+    (ours, theirs), rounds = _times((trial.ours, trial.theirs), repeats, problem.device, stop)
+    return Row(trial.name, ours, trial.beside, theirs, rounds, trial.elements * problem.dtype.itemsize)
 
 
-def _times(functions: Sequence[Callable], repeats: int, device: str) -> list[float]:
-    """Medians in µs, the functions in turn, so that a slow moment of the machine falls on all."""
+def _times(functions: Sequence[Callable], repeats: int, device: str, stop: float) -> tuple[list[float], int]:
+    """Medians in µs and their rounds, the functions in turn, so that a slow moment of the machine falls on all."""
     seen: list[list[float]] = [[] for _ in functions]
-    for repeat in range(repeats + 3):
+    for _ in range(WARM + repeats):
         for function, times in zip(functions, seen, strict=True):
-            elapsed = _time(function, device)
-            if repeat >= 3:  # the first calls compile and warm up
-                times.append(elapsed)
-    return [statistics.median(times) for times in seen]
+            times.append(_time(function, device))
+        if time.monotonic() > stop:
+            break
+    rounds = max(1, len(seen[0]) - WARM)  # the first calls compile and warm up
+    return [statistics.median(times[-rounds:]) for times in seen], rounds
 
 
 def _time(function: Callable, device: str) -> float:
@@ -294,14 +318,14 @@ def heading(problem: Problem) -> str:
         [
             f"{name}; torch {torch.__version__}, triton {version('triton')}",
             f"{problem.M} tokens, {problem.K} -> {problem.N}, rank {problem.rank}, {problem.dtype}; medians in µs",
-            f"{'':22} {'µs':>9} {'GB/s':>7}   {'beside':16} {'µs':>9} {'ratio':>6}",
+            f"{'':22} {'µs':>9} {'GB/s':>7}   {'beside':16} {'µs':>9} {'ratio':>6} {'rounds':>6}",
         ]
     )
 
 
 def line(row: Row) -> str:
     rate, ratio = row.bytes / row.ours / 1e3, row.ours / row.theirs
-    return f"{row.name:22} {row.ours:9.1f} {rate:7.0f}   {row.beside:16} {row.theirs:9.1f} {ratio:6.2f}"
+    return f"{row.name:22} {row.ours:9.1f} {rate:7.0f}   {row.beside:16} {row.theirs:9.1f} {ratio:6.2f} {row.rounds:6}"
 
 
 if __name__ == "__main__":

@@ -839,6 +839,34 @@ def test_gpu_check_prints_its_table_from_the_interpreter(capsys, gpu_check):
 
 
 @ON_CPU
+def test_gpu_check_ends_in_the_time_that_it_was_given(capsys, monkeypatch, gpu_check):
+    """Each round takes a second of a clock that nothing else moves."""
+    now = [0.0]
+
+    def passes(function, device):
+        now[0] += 0.5
+        return 1.0
+
+    monkeypatch.setattr(gpu_check, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(gpu_check, "_time", passes)
+    assert gpu_check.main(["--interpret", "--minutes=5", "--repeats=1000", "--tokens=8", "--in=16", "--out=16"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:] if line and not line.endswith("?")]
+    assert 300 <= now[0] <= 300 + len(rows)  # a round that has begun is finished
+    assert all(1 <= int(row[-1]) < 1000 for row in rows)
+
+
+@ON_CPU
+def test_gpu_check_times_nothing_while_the_tests_have_not_ended(capsys, monkeypatch, gpu_check):
+    def hangs(command, *, check, timeout):
+        raise gpu_check.subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu_check, "_refusal", lambda interpret: None)
+    monkeypatch.setattr(gpu_check.subprocess, "run", hangs)
+    assert gpu_check.main(["--minutes=4"]) == 1
+    assert "did not end in 120 s" in capsys.readouterr().err
+
+
+@ON_CPU
 def test_gpu_check_refuses_without_a_gpu(capsys, gpu_check):
     assert gpu_check.main([]) == 2
     assert "finds no CUDA or ROCm GPU. Run it on a machine with one" in capsys.readouterr().err
