@@ -83,13 +83,13 @@ class Callback(_library().Callback):
             self.unfreezing.load_state_dict(self._saved)
 
     def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        if self.unfreezing is None or self._goes_by_metric() or trainer.global_step == self._steps:
+        if self.unfreezing is None or self.unfreezing.schedule.goes_by_metric or trainer.global_step == self._steps:
             return  # while gradients accumulate, no step is made
         self._steps = trainer.global_step
         self.unfreezing.step()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.unfreezing is None or not self._goes_by_metric() or trainer.sanity_checking:
+        if self.unfreezing is None or not self.unfreezing.schedule.goes_by_metric or trainer.sanity_checking:
             return
         if self.metric not in trainer.callback_metrics:
             raise AdapterError(
@@ -103,6 +103,3 @@ class Callback(_library().Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict
-
-    def _goes_by_metric(self) -> bool:
-        return self.schedule is not None and self.schedule.times is None

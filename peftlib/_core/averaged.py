@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -57,7 +58,14 @@ def _left_alone(training: set[int]) -> list[tuple[str, list[str], int]]:
 
 def _buckets(wrapper: Any) -> list[Any]:
     """What it hands from process to process: the one thing that says which parameters these are."""
-    return wrapper.reducer._get_zeros_like_grad_buckets()
+    ask = getattr(wrapper.reducer, "_get_zeros_like_grad_buckets", None)  # private
+    if ask is None:
+        raise AdapterError(
+            f"torch {torch.__version__} does not say which gradients its DistributedDataParallel averages, so those of "
+            "adapters may be left out in silence. Choose what trains first, and make the DistributedDataParallel after "
+            "it."
+        )
+    return ask()
 
 
 def _found(search: Callable[[], list[_T]]) -> list[_T]:

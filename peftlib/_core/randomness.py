@@ -2,15 +2,16 @@
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _current_graph_task_id
 from torch.compiler import is_compiling
 
 from .._errors import AdapterError
+from .foreign import is_in_backward
 
 _KEPT = 4096  # calls between a forward pass and its backward
 
@@ -26,21 +27,27 @@ def derived(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
+_one_thread = threading.RLock()  # torch's generators are the same for all threads
+
+
 @contextlib.contextmanager
 def drawing_from(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch's generators begin at this seed; behind it they are where they were."""
+    """Inside, torch's generators begin at this seed; behind it they are where they were. Threads that draw so come one
+    after the other. One that draws from torch's generators directly meanwhile draws from this seed: torch's dropout
+    takes no generator of ours."""
     generators = [torch.default_generator]
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         generators.append(torch.cuda.default_generators[index])
-    states = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
-            generator.manual_seed(seed)
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+    with _one_thread:
+        states = [generator.get_state() for generator in generators]
+        try:
+            for generator in generators:
+                generator.manual_seed(seed)
+            yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
 
 
 class Masks(nn.Module):
@@ -70,12 +77,12 @@ class Masks(nn.Module):
                 "eval mode, or inject without seed=."
             )
         device = next((each.device for each in args if isinstance(each, Tensor)), torch.device("cpu"))
-        with drawing_from(derived(*self.place, "mask", self._number()), device):
+        with _one_thread, drawing_from(derived(*self.place, "mask", self._number()), device):  # to count, it draws
             return of(*args, **kwargs)
 
     def _number(self) -> int:
         call = int(torch.empty((), dtype=torch.int64).random_().item())
-        if _current_graph_task_id() == -1:
+        if not is_in_backward():
             number = int(self.drawn.item())
             self.drawn.add_(1)
             self.recent.pop(call, None)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C import _current_graph_task_id
 from torch.compiler import is_compiling
 
 from .._errors import AdapterError
 from .adapter import Adapter
+from .foreign import is_in_backward
 from .row_groups import Groups, Names, Rows
 from .row_layout import Layout
 
@@ -97,7 +97,7 @@ def _rows_now(host: Any, rows: Rows, thread: int) -> Rows:
             rows.inside.add(id(host))
         return rows.within[thread]
     rows.require_apart()
-    if rows.inside and not is_compiling() and id(host) in rows.inside and _current_graph_task_id() != -1:
+    if rows.inside and not is_compiling() and id(host) in rows.inside and is_in_backward():
         raise AdapterError(
             f"route: {rows.name_of(host)} is computed again in backward without the module around it, which gave it "
             "the rows of one adapter. Checkpoint that module whole, or do without checkpointing inside it."

@@ -70,11 +70,11 @@ class TrainerCallback(_Callback):
             self.unfreezing.load_state_dict(torch.load(_state_in(_folder(args, state))))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.unfreezing is not None and not self._goes_by_metric():
+        if self.unfreezing is not None and not self.unfreezing.schedule.goes_by_metric:
             self.unfreezing.step()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.unfreezing is None or not self._goes_by_metric():
+        if self.unfreezing is None or not self.unfreezing.schedule.goes_by_metric:
             return
         metrics = kwargs["metrics"]
         if self.metric not in metrics:
@@ -100,9 +100,6 @@ class TrainerCallback(_Callback):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-
-    def _goes_by_metric(self) -> bool:
-        return self.schedule is not None and self.schedule.times is None
 
     def _forgive(self, model: nn.Module) -> None:
         """While there is a Trainer, a checkpoint of the adapters alone is no reason to warn of what it lacks."""

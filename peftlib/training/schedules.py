@@ -33,6 +33,10 @@ class Schedule:
     def _repr_html_(self) -> str:
         return html_lines(f"layer groups unfreeze: {self.text}")
 
+    @property
+    def goes_by_metric(self) -> bool:
+        return self.times is None
+
     def stages(self, groups: int) -> list[set[int]]:
         """Which of so many groups train at each stage; the last group is the top."""
         if not self.chain:

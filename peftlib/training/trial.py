@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,8 +94,7 @@ class Trial:
         mine, theirs = self.optimizer.state, other.optimizer.state
         into: list[Any] = []
         out: list[Any] = []
-        for p, q in zip(self.parameters, other.parameters, strict=True):
-            own, state = mine.get(p, {}), theirs.get(q, {})
+        for own, state in zip(self._states(), other._states(), strict=True):
             if [*own] != [*state]:
                 break
             into += own.values()
@@ -106,6 +106,13 @@ class Trial:
         pairs = zip(self.parameters, other.parameters, strict=True)
         mine.update({p: copy.deepcopy(theirs[q]) for p, q in pairs if q in theirs})
         return [], []
+
+    def _states(self) -> list[dict[str, Any]]:
+        """The optimizer's, in the order of the parameters, mostly its own too: to look a tensor up takes 0.5 µs."""
+        found = self.optimizer.state
+        if len(found) == len(self.parameters) and all(map(is_, found, self.parameters)):
+            return [*found.values()]
+        return [found.get(p, {}) for p in self.parameters]
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -1,6 +1,9 @@
 """An adapter's own randomness: the same start and the same masks to the bit, alone or in company, again and after."""
 
+import concurrent.futures
 import copy
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -203,3 +206,30 @@ def test_compiled_with_masks_of_its_own_is_refused():
         torch.compile(model, fullgraph=True, backend="eager")(torch.randn(2, 4, 6).double())
     model.eval()
     torch.compile(model, fullgraph=True, backend="eager")(torch.randn(2, 4, 6).double())
+
+
+def test_threads_that_draw_at_once_get_the_masks_that_each_gets_alone():
+    x, calls, seeds = torch.ones(64, 6, dtype=torch.float64), 200, range(4)
+
+    def made(seed: int) -> Any:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(1)
+            model = nn.Sequential(nn.Linear(6, 6)).double()
+        peftlib.inject(model, "0", LoRA, rank=2, dropout=0.4, seed=seed)
+        return awake(model)
+
+    def outputs(model: Any) -> list[Tensor]:
+        return [model(x).detach() for _ in range(calls)]
+
+    def at_once(models: list[Any]) -> list[list[Tensor]]:
+        gate = threading.Barrier(len(seeds))
+        with concurrent.futures.ThreadPoolExecutor(len(seeds)) as pool:
+            return list(pool.map(lambda model: (gate.wait(), outputs(model))[1], models))
+
+    alone, models, interval = [outputs(made(seed)) for seed in seeds], [*map(made, seeds)], sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        together = at_once(models)
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(*pair) for each in zip(alone, together, strict=True) for pair in zip(*each, strict=True))
