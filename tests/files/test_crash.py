@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import peftlib
@@ -148,6 +150,16 @@ def test_a_disk_that_is_full_only_when_synced(path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device while saving"):
         peftlib.save(model_of(2), path)
     assert contents(path.parent) == before
+
+
+def test_an_error_without_a_number_is_told_as_it_is(path, monkeypatch):
+    def broken(*_: Any, **__: Any) -> None:
+        raise SafetensorError("no number")
+
+    monkeypatch.setattr(safetensors, "serialize_file", broken)
+    with refused(None, "no number"):
+        peftlib.save(model_of(2), path)
+    assert contents(path.parent) == {}
 
 
 def test_a_dtype_that_the_format_lacks_is_refused(path):

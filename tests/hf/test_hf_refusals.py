@@ -422,7 +422,7 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "serialize_file", fail)
+    monkeypatch.setattr(safetensors, "serialize_file", fail)
     with pytest.raises(OSError, match="No space left"):
         hf.save(model, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
