@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -96,11 +96,20 @@ PEERS: dict[str, Callable[[nn.Module, int, float], nn.Module]] = {
 }
 
 
-def contenders(width: int, depth: int, rank: int, dropout: float, training: bool = True) -> dict[str, nn.Module]:
+def contenders(
+    width: int,
+    depth: int,
+    rank: int,
+    dropout: float,
+    *,
+    training: bool = True,
+    dtype: torch.dtype = torch.float32,
+    peers: Iterable[str] = tuple(PEERS),
+) -> dict[str, nn.Module]:
     """The frozen base, peftlib, and each peer, over the same weights, no factor zero."""
-    base = blocks(width, depth)
+    base = blocks(width, depth).to(dtype)
     made = {"base": copy.deepcopy(base), "peftlib": with_peftlib(copy.deepcopy(base), rank, dropout)}
-    made |= {name: put_in(copy.deepcopy(base), rank, dropout) for name, put_in in PEERS.items()}
+    made |= {name: PEERS[name](copy.deepcopy(base), rank, dropout) for name in peers}
     for model in made.values():
         model.train(training)
         for parameter in model.parameters():
