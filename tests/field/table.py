@@ -29,8 +29,8 @@ alike), and holds it to laws that need no knowledge of the model:
 - after three training steps and eject: the base to the bit, buffers too
 - an operation in place on the outputs equals the same out of place, gradients too
 
-A sample runs with the tests (`tests/field/test_field.py`). A run that was stopped goes on where it was; `--retry` runs
-once more what was wrong or not built.
+A sample runs with the tests (`tests/field/test_field.py`), there with two of those that are alike. A run that was
+stopped goes on where it was; `--retry` runs once more what was wrong or not built.
 """
 
 # What a refusal says, in order, and what it is about.
@@ -41,13 +41,22 @@ _REFUSALS = [
     ("no attention call was seen", "No attention of a known form is called inside: eager, linear, deformable"),
     ("how many key and value heads|do not fit .* heads|takes 'sinks'", "An attention of other shapes or arguments"),
     ("how many features it gives", "The size of the hidden states cannot be inferred"),
-    ("and its module (gave|read)", "What is read and what is returned have other shapes than the hidden states"),
+    (
+        "beside hidden states of shape|and its module (gave|read)",
+        "What is read and what is returned have other shapes than the hidden states",
+    ),
     ("no hidden states|none of these is a floating-point", "The module returns no hidden states"),
     ("larger than min", "The rank is larger than the matrix"),
     ("does not know which", "It is not known which weight gives which feature"),
     ("reads the weights? of its child|reads this child's weight", "The parent reads this weight without a call"),
-    ("puts vectors before|for each token", "The model has inputs or outputs of the sequence's length that cannot grow"),
+    (
+        "and the tokens|puts vectors before|for each token",
+        "The model has inputs or outputs of the sequence's length that cannot grow",
+    ),
     ("which its input embeddings are|an encoder and a decoder", "Not clear which embeddings are the input's"),
+    ("keeps what it made of its weights", "The module keeps in eval mode what it made of its weights"),
+    ("past its forward", "The module is also called past its forward, where an adapter would not act"),
+    ("in a second embedding", "A second embedding looks the tokens up too"),
     ("is never called", "A container, which is never called"),
     ("torch.complex", "The weight is complex"),
 ]  # fmt: skip
