@@ -66,6 +66,8 @@ class FieldFaulty(peftlib.Adapter):
     def forward(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
         if self.fault == "moves the base" and self.training:
             host.weight.data.mul_(1.01)
+        if self.fault == "leaves a mark":
+            host.mark = True
         if self.fault == "never runs":
             return call(*args, **kwargs)
         return call(*args, **kwargs) + self.shift() + (self.fault == "starts elsewhere")
@@ -83,6 +85,7 @@ FAULTS = {
     "merges otherwise": {laws.merged_equals_unmerged},
     "never runs": {laws.merged_equals_unmerged},
     "forgets": {laws.saved_and_loaded_is_equal},
+    "leaves a mark": {laws.trained_and_ejected_is_the_base},
     "moves the base": {laws.unchanged_at_the_start, laws.trained_and_ejected_is_the_base},
 }
 
