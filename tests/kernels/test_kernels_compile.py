@@ -18,6 +18,9 @@ from peftlib.kernels.grouped.reference import Masks
 from peftlib.kernels.lora.triton import shrink_kernel
 from tools.triton.aot import SHARED_LIMIT, TARGETS, Compiled, compile_for, compile_launches
 
+# Triton's own, of a function of its standard library, on Python 3.13.
+pytestmark = pytest.mark.filterwarnings("ignore:AnnAssign.__init__ missing:DeprecationWarning")
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 M, K, N = 8192, 4096, 4096
 FIRST = ("sm_80", "sm_90", "sm_100", "gfx942")
