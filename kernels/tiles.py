@@ -157,7 +157,9 @@ def grouped_shrink(
         above, warps, stages = _dropout_shrink(capability)[0 if rank <= 16 else 1 if rank <= 32 else 2]
         columns, warps = SUPER_BLOCK, max(1, warps * rows // above)
         if rank > 16 and capability in ((9, 0), (10, 0)):  # with half the warps 50 to 114 bytes spill
-            warps, stages = 2 * warps, 1 if rank > 32 and capability == (10, 0) else stages
+            warps *= 2
+            if capability == ((9, 0) if rank <= 32 else (10, 0)):  # at 2 stages: 14 with Triton 3.8, and at rank 64
+                stages = 1
     return Tile(rows, columns, warps, stages, _splits(blocks_of_rows, blocks(K, columns), 1, capability))
 
 
