@@ -79,7 +79,7 @@ class _BottleneckRows(Function):
         with without_autocast(dY):
             dX, *own = gradients(ctx, dY.contiguous(), x, z, scale, weights)
         if dX is not None and ctx.adds:
-            dX = dX + dY
+            dX = dX + dY if torch.is_grad_enabled() else dX.add_(dY)
         return dX, dY if ctx.needs_input_grad[1] else None, None, None, None, *own
 
 

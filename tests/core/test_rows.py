@@ -295,6 +295,17 @@ def test_what_is_not_finite_in_one_adapter_changes_no_bit_of_other_rows(name, va
             assert same_bits(gradient, later[key])
 
 
+def test_an_adapter_that_was_not_finite_is_whole_again_once_a_file_is_loaded_into_it(tmp_path):
+    model, x = many_linears(), torch.randn(4, 4)
+    before = routed(model, SHUFFLED, x)
+    peftlib.save(model, tmp_path / "b.safetensors", "b")
+    for parameter in peftlib.parameters(model, "b"):
+        parameter.data.fill_(float("nan"))
+    assert routed(model, SHUFFLED, x).isnan().any()
+    peftlib.load(model, tmp_path / "b.safetensors", into="b")
+    assert torch.equal(routed(model, SHUFFLED, x), before)
+
+
 def test_what_is_not_finite_in_one_row_changes_no_bit_of_others():
     model = many_linears()
     x = torch.randn(6, 3, 4)
