@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import peftlib
 
 TESTS = "tests/core/test_rows.py tests/kernels/test_kernels_rows.py"
+OF_TYPES = "tests/kinds/test_row_parameters.py tests/kinds/test_bottleneck_rows.py"
 RANK, DEPTH = 8, 4
 Run = Callable[[], Any]
 
@@ -80,9 +81,41 @@ def serving(width: int, rows: int) -> dict[str, Run]:
     return {**runs, "HF peft": mixed}
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(16, 128), (32, 256), (128, 512)])
+@pytest.mark.parametrize(("tokens", "width"), [(16, 128), (32, 256), (48, 384), (128, 512), (512, 512)])
 def bench_training(contest, tokens: int, width: int) -> None:
     contest(f"8 adapters, {tokens} tokens each, d={width}", contenders(width, 8, tokens, True), tests=TESTS)
+
+
+def of_one_module(make: Callable[[], nn.Module], kind: Any, config: dict[str, Any], tokens: int) -> dict[str, Run]:
+    """Eight adapters of another type on one module, all parameters of the adapters learn."""
+    model = nn.Sequential(make())
+    for at in range(8):
+        peftlib.inject(model, "0", kind, name=f"a{at}", **config)
+        peftlib.activate(model)  # copies of one weight cannot act together
+    run = _step(list(peftlib.parameters(model)))
+    for parameter in peftlib.parameters(model):
+        parameter.requires_grad_()
+    x, views = torch.randn(8, tokens, 128), [peftlib.view(model, f"a{at}") for at in range(8)]
+    routed, one = peftlib.view(model), peftlib.view(model, "a0")
+    peftlib.route(routed, [f"a{at}" for at in range(8)])
+    return {
+        "one adapter on all rows": lambda: run(one, x),
+        "one after another": lambda: [run(view, row) for view, row in zip(views, x.split(1), strict=True)],
+        "peftlib": lambda: run(routed, x),
+    }
+
+
+TYPES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
+    "IA3, Linear": (lambda: nn.Linear(128, 128), peftlib.IA3, {}),
+    "Full, bias of a Linear": (lambda: nn.Linear(128, 128), peftlib.Full, {"params": "bias"}),
+    "Full, LayerNorm": (lambda: nn.LayerNorm(128), peftlib.Full, {}),
+    "Bottleneck of width 8, Linear": (lambda: nn.Linear(128, 128), peftlib.Bottleneck, {"width": 8}),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def bench_types(contest, name: str) -> None:
+    contest(f"{name}: 8 adapters, 16 tokens each, d=128", of_one_module(*TYPES[name], 16), tests=OF_TYPES)
 
 
 @pytest.mark.parametrize("width", [128, 512])
