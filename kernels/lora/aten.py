@@ -20,14 +20,14 @@ def shrink(x: Tensor, lora_A: Tensor, scale: float, dropout: float, seed: Tensor
     dtype = gemm_dtype(x)
     skinny = (lora_A * (scale * survivors_scale(dropout))).to(dtype)
     if seed is None and dtype == x.dtype:
-        return _project(x, skinny)
+        return project(x, skinny)
     block = _block_rows(x, skinny.shape[0])
     mask = None if seed is None else KeepMask(seed, _shape(x), dropout, block)
     scratch = torch.empty(min(block, x.shape[0]), x.shape[1], dtype=dtype, device=x.device)
     h = torch.empty(skinny.shape[0], x.shape[0], dtype=dtype, device=x.device).t()
     for rows in _row_blocks(x.shape[0], block):
         part = scratch[: h[rows].shape[0]]
-        h[rows] = _project(part.copy_(x[rows]) if mask is None else part.copy_(mask.rows(rows)).mul_(x[rows]), skinny)
+        h[rows] = project(part.copy_(x[rows]) if mask is None else part.copy_(mask.rows(rows)).mul_(x[rows]), skinny)
     return h.to(x.dtype)
 
 
@@ -56,13 +56,13 @@ def backward_y(
     skinny = (lora_B.t() * scale).to(dtype).contiguous()
     block = _block_rows(dY, skinny.shape[0])
     if dtype == dY.dtype and dY.shape[0] <= block:
-        return _project(dY, skinny), None if h is None else _outer(h, dY).t().to(dtype)
+        return project(dY, skinny), None if h is None else _outer(h, dY).t().to(dtype)
     # One read of dY for both: 512×2048 that no cache holds take 553 µs in blocks of 1 MB, 590 of half of it, 820 whole.
     g = torch.empty(skinny.shape[0], dY.shape[0], dtype=dtype, device=dY.device).t()
     dB = None if h is None else torch.zeros(skinny.shape, dtype=_sum_dtype(dtype), device=dY.device)
     for rows in _row_blocks(dY.shape[0], block):
         part = dY[rows].to(dtype)
-        g[rows] = _project(part, skinny)
+        g[rows] = project(part, skinny)
         if h is not None and dB is not None:
             _add_outer(dB, h[rows].to(dtype), part)
     return g, None if dB is None else dB.t().to(dtype)
@@ -128,12 +128,18 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _project(x: Tensor, skinny: Tensor) -> Tensor:  # [M, K], [rank, K] -> [M, rank]
-    # MKL runs 512×512 by rank 8 in 35 µs this way round and in 61 the other; above rank 8, above 2 MB of x, and in
-    # half precision the plain way is the faster (rank 16: 54 against 79; 512×2048: 256 against 415; bf16: 25, 45).
-    if skinny.shape[0] <= 8 and x.numel() <= 1 << 19 and x.element_size() >= 4:
+def project(x: Tensor, skinny: Tensor) -> Tensor:
+    """x skinnyᵀ, [M, rank], of x [M, K] and a factor [rank, K]."""
+    # MKL runs 512×512 by rank 8 in 35 µs this way round and in 61 the other; above rank 8 and in half precision the
+    # plain way is the faster (rank 16: 54 against 79; bf16: 25, 45). More than 2 MB of x at once can lose the gain.
+    if skinny.shape[0] > 8 or x.element_size() < 4 or not x.is_cpu:
+        return torch.mm(x, skinny.t())
+    if x.numel() <= 1 << 19:
         return torch.mm(skinny, x.t()).t()
-    return torch.mm(x, skinny.t())
+    h = torch.empty(skinny.shape[0], x.shape[0], dtype=x.dtype)
+    for rows in _row_blocks(x.shape[0], max(1, (1 << 19) // x.shape[1])):
+        torch.mm(skinny, x[rows].t(), out=h[:, rows])
+    return h.t()
 
 
 def _outer(h: Tensor, x: Tensor) -> Tensor:  # [M, rank], [M, K] -> [rank, K]
