@@ -626,6 +626,12 @@ def test_no_gradient_is_made_that_nobody_asked_for(wanted, route):
     assert {name for name, shape in shapes.items() if shape in made.shapes} == set(wanted) & set(shapes)
 
 
+@pytest.mark.parametrize(("features", "out"), [(2000, 24), (24, 2000)])
+def test_more_rows_than_one_skinny_product_takes_are_all_multiplied(features, out):
+    tensors, gradient = problem((300,), features, out, rank=3)
+    assert_close_to_dense(run(partial(lora_linear, scale=SCALE), tensors, gradient), tensors, gradient)
+
+
 def test_autocast_keeps_x_itself_and_no_cast_copy():
     tensors, _ = problem((300,))
     with torch.autocast("cpu", torch.bfloat16):
