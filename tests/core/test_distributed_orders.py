@@ -225,12 +225,12 @@ class Run:
         return self.validate()
 
     def merge_nan(self) -> None:
-        """On one process's shard, where there are any."""
+        """In one shard, where there are any; on all processes that have it."""
         parameter: Any = next(peftlib.parameters(self.network))
         own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         before = own.detach().clone()
         with torch.no_grad():
-            if own is parameter or dist.get_rank() == 0:
+            if own is parameter or has_first_shard(parameter):
                 own.fill_(float("nan"))
         try:
             peftlib.merge(self.network, parameter_owner(self.network))
@@ -278,6 +278,11 @@ class Run:
         self.network.zero_grad()
         trained = [name for name, p in self.network.named_parameters() if p.requires_grad]
         return whole(self.network.state_dict()), trained
+
+
+def has_first_shard(parameter: Any) -> bool:
+    at = zip(parameter.device_mesh.get_coordinate(), parameter.placements, strict=True)
+    return all(coordinate == 0 for coordinate, placement in at if placement.is_shard())
 
 
 def parameter_owner(model: nn.Module) -> str:
