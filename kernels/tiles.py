@@ -177,9 +177,11 @@ def grouped_backward_y(rank: int, rows: int, capability: tuple[int, int]) -> Til
 def grouped_backward_x(rank: int, rows: int, dropout: bool, capability: tuple[int, int]) -> Tile:
     """As `backward_x`."""
     alone = backward_x(rows, SUPER_BLOCK, rank, dropout, capability)
-    stages = (
-        {(8, 6): 1, (8, 9): 1, (10, 0): 2}.get(capability) if rank > 32 else None
-    )  # at 2, 2 and 1: 38, 38, 25 spill
+    stages = None
+    if rank > 32:  # at 2, 2 and 1: 38, 38, 25 spill
+        stages = {(8, 6): 1, (8, 9): 1, (10, 0): 2}.get(capability)
+    if dropout and rank == 1 and rows < 32 and capability == (9, 0):  # at 2, 11 bytes spill; at 1, 168 registers
+        stages = 1
     return Tile(rows, alone.columns, alone.warps, stages or alone.stages)
 
 
