@@ -19,7 +19,7 @@ help:
 	@echo 'make mutate     mutants of the sources, one by one, that no test notices; most of an hour'
 	@echo 'make lint       ruff, pyright, pydoclint'
 	@echo 'make bench      speed and memory beside other libraries; needs a quiet machine'
-	@echo 'make tables     accuracy and forgetting of each kind and method; an hour or two, and it resumes'
+	@echo 'make tables     accuracy and forgetting of each adapter type on two tasks; ten minutes on one idle core, and it resumes'
 	@echo 'make versions   docs/versions.md: the tests with the lowest and the newest of each dependency; hours, and it resumes'
 	@echo '                ENVIRONMENTS=... runs those alone'
 	@echo 'make gpu-check  the kernels, tested and timed on the GPU of this machine'
@@ -67,9 +67,11 @@ bench: .venv/.with-bench .venv/.with-test
 	$(PYTEST) benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -W default --benchmark-json=benchmarks/results/latest.json
 	$(BIN)/python benchmarks/report.py
 
+# Of scikit-learn the tables read a file of digits, which needs none of its dependencies.
 tables: .venv/.with-demo
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/accuracy.py
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/forgetting.py
+	$(INSTALL) --no-deps scikit-learn
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/methods.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/tables.py
 
 versions: .venv/.with-test .venv/.with-ecosystem
 	$(BIN)/python tests/tools/versions.py --table docs/versions.md $(ENVIRONMENTS)
