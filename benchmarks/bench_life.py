@@ -4,10 +4,12 @@ import copy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from models import PROJECTIONS, blocks, with_peft, with_peftlib
 from torch import nn
@@ -25,13 +27,19 @@ def _two_adapters() -> tuple[nn.Module, Any]:
     return ours, theirs
 
 
-def bench_inject(contest) -> None:
-    """Construction of the model is outside the clock: each run takes a fresh one from the pile."""
-    rounds = 7
-    piles = {name: [blocks(64, DEPTH) for _ in range(rounds + 8)] for name in ("peftlib", "HF peft")}
-    put_in = {"peftlib": with_peftlib, "HF peft": with_peft}
+ROUNDS = 7
+
+
+def _piles(width: int, depth: int) -> dict[str, list[nn.Module]]:
+    """Construction of the model is outside the clock: each run takes a fresh one from its pile."""
+    return {name: [blocks(width, depth) for _ in range(ROUNDS + 8)] for name in ("peftlib", "HF peft")}
+
+
+@pytest.mark.parametrize("depth", [DEPTH, 429])
+def bench_inject(contest, depth) -> None:
+    piles, put_in = _piles(64, depth), {"peftlib": with_peftlib, "HF peft": with_peft}
     runs = {name: lambda name=name: put_in[name](piles[name].pop(), 8, 0.0) for name in piles}
-    contest("inject 882 linears", runs, tests=TESTS, rounds=rounds)
+    contest(f"inject {7 * depth} linears", runs, tests=TESTS, rounds=ROUNDS)
 
 
 def bench_switch(contest) -> None:
@@ -80,28 +88,46 @@ def bench_merge(contest) -> None:
     )
 
 
-def bench_save(contest) -> None:
+MEMORY = "/dev/shm"  # a folder that is no disk, so that a sync costs nothing there
+
+
+@pytest.mark.parametrize("where", [None, MEMORY], ids=["on disk", "in memory"])
+def bench_save(contest, where) -> None:
+    if where is not None and not Path(where).is_dir():
+        pytest.skip(f"no {where}")
     ours, theirs = with_peftlib(blocks(256, 16), 8, 0.0), with_peft(blocks(256, 16), 8, 0.0)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=where) as folder:
         runs = {
             "peftlib": lambda: peftlib.save(ours, Path(folder) / "ours.safetensors"),
             "HF peft": lambda: theirs.save_pretrained(folder),  # pyright: ignore
         }
         note = "peftlib syncs to disk before it renames; HF peft does not"
-        contest("save 112 linears d=256", runs, tests=TESTS, note=note)
+        if where is not None:
+            note = "no disk, so no sync: the other row less this one is what it costs; peftlib sums and fingerprints"
+        contest(f"save 112 linears d=256{', in memory' if where else ''}", runs, tests=TESTS, note=note)
 
 
-def bench_load(contest) -> None:
+@pytest.mark.parametrize(("width", "depth"), [(256, 16), (64, DEPTH)])
+def bench_load(contest, width, depth) -> None:
+    _contest_load(contest, f"load {7 * depth} linears d={width}", width, depth, peftlib.load, "ours.safetensors")
+
+
+def bench_load_of_the_same(contest) -> None:
+    """The directory that HF peft wrote, read by both."""
+    _contest_load(contest, f"load {7 * DEPTH} linears d=64, HF peft's files", 64, DEPTH, peftlib.hf.load, "theirs")
+
+
+def _contest_load(contest, row: str, width: int, depth: int, load: Callable[..., Any], file: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ours.safetensors"
-        peftlib.save(with_peftlib(blocks(256, 16), 8, 0.0), path)
-        with_peft(blocks(256, 16), 8, 0.0).save_pretrained(folder)  # pyright: ignore
-        piles = {name: [blocks(256, 16) for _ in range(25)] for name in ("peftlib", "HF peft")}
+        peftlib.save(with_peftlib(blocks(width, depth), 8, 0.0), Path(folder) / "ours.safetensors")
+        theirs = str(Path(folder) / "theirs")
+        with_peft(blocks(width, depth), 8, 0.0).save_pretrained(theirs)  # pyright: ignore
+        piles = _piles(width, depth)
         runs = {
-            "peftlib": lambda: peftlib.load(piles["peftlib"].pop(), path),
-            "HF peft": lambda: peft.PeftModel.from_pretrained(piles["HF peft"].pop(), folder),  # pyright: ignore
+            "peftlib": lambda: load(piles["peftlib"].pop(), Path(folder) / file),
+            "HF peft": lambda: peft.PeftModel.from_pretrained(piles["HF peft"].pop(), theirs),  # pyright: ignore
         }
-        contest("load 112 linears d=256", runs, tests=TESTS, rounds=7)
+        contest(row, runs, tests=TESTS, rounds=ROUNDS)
 
 
 def bench_drift(record) -> None:

@@ -17,7 +17,7 @@ from .foreign import is_offloading
 from .host import Adapters, Selection, adapters_of, is_host, parts
 from .override import compute_from_attributes, overridden, owner_of
 from .quantized import quantized_as
-from .sharded import is_sharded, split_as, whole
+from .sharded import any_sharded, is_sharded, split_as, whole
 from .swap import is_lone
 from .walk import base_modules, candidates, hosts
 from .weights import Weights
@@ -30,11 +30,8 @@ class Folded:
     name: str
     owner: nn.Module
     leaf: str
+    base: Tensor
     value: Tensor
-
-    @property
-    def base(self) -> Tensor:
-        return getattr(self.owner, self.leaf)
 
     def rounded(self) -> Tensor:
         """In the base's dtype and layout, in memory of its own: an adapter may give what it goes on to hold."""
@@ -51,7 +48,7 @@ class Folded:
         return sys.getrefcount(self.value)
 
 
-_ITS_OWN = Folded("", nn.Module(), "", torch.empty(0))._references()
+_ITS_OWN = Folded("", nn.Module(), "", torch.empty(0), torch.empty(0))._references()
 
 
 def _like(base: Tensor, value: Tensor) -> Tensor:
@@ -92,7 +89,8 @@ def _fold(
             f"cannot merge into {host_name or 'the root'}: accelerate keeps its weights in memory or on disk between "
             "calls. Merge before the model is offloaded, or take the hooks off first (remove_hook_from_module)."
         )
-    scratch = _stand_in(_with_adapters(modules) if _lies_in_shards(modules) else modules, weights)
+    with_adapters = _with_adapters(modules)
+    scratch = _stand_in(with_adapters if any_sharded(with_adapters) else modules, weights)
     paths = {id(module): path for path, module in host.named_modules()} if start else {}
     values = {f"{paths[id(item.owner)]}.{item.leaf}".lstrip("."): item.value for item in start}
     folding = parts(scratch, names)
@@ -140,10 +138,6 @@ def _with_adapters(modules: list[nn.Module]) -> list[nn.Module]:
     return modules + [inner for host in modules if is_host(host) for inner in adapters_of(host).modules()]
 
 
-def _lies_in_shards(modules: list[nn.Module]) -> bool:
-    return any(is_sharded(p) for module in _with_adapters(modules) for p in module._parameters.values())
-
-
 def _gather(state: dict[str, Any], tensors: str, gathered: dict[int, Any]) -> None:
     """In the place of each shard, all of it, once: folds then are those of one process, and so are their refusals."""
     if not any(map(is_sharded, state[tensors].values())):
@@ -187,7 +181,7 @@ def _item(host_name: str, host: nn.Module, path: str, value: Tensor) -> Folded:
         raise AdapterError(
             f"cannot merge into {name}: it is {found}. Materialize the model, or fix the fold of this adapter type."
         )
-    return Folded(name, owner, leaf, value)
+    return Folded(name, owner, leaf, own, value)
 
 
 def _require_plain(name: str, owner: nn.Module, leaf: str) -> None:

@@ -7,7 +7,7 @@ processes: then all refuse, or none.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,11 @@ from .._errors import AdapterError
 
 def is_sharded(tensor: object) -> bool:
     return hasattr(tensor, "full_tensor")
+
+
+def any_sharded(modules: Iterable[nn.Module]) -> bool:
+    """Whether one of these modules has a shard of its own."""
+    return any(is_sharded(p) for module in modules if module._parameters for p in module._parameters.values())
 
 
 def whole(tensor: Any) -> Tensor:
@@ -156,7 +161,7 @@ def shard_as_hosts(model: nn.Module, placed: Sequence[tuple[str, nn.Module, Any]
     """Adapters that are whole on every process, made for hosts that lie in shards already: each is split as its host
     is, and joins the unit of FSDP2 that gathers it."""
     settle(model)
-    sharded = [(host_name, host, a) for host_name, host, a in placed if _lies_in_shards(host)]
+    sharded = [(host_name, host, a) for host_name, host, a in placed if any_sharded([host])]
     if not sharded:
         return
     around = _unit_of_each(model)
@@ -172,10 +177,6 @@ def shard_as_hosts(model: nn.Module, placed: Sequence[tuple[str, nn.Module, Any]
     found = {id(unit): unit for unit in [None, *around.values()]}
     for key, items in by_unit.items():
         _join(found[key], items)
-
-
-def _lies_in_shards(host: nn.Module) -> bool:
-    return any(is_sharded(p) for p in host._parameters.values())
 
 
 def _unit_of_each(model: nn.Module) -> dict[int, Any]:

@@ -56,7 +56,7 @@ def is_lone(tensor: Tensor, like: Tensor) -> bool:
 
 def _is_ordinary(tensor: Tensor) -> bool:
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    return plain and tensor.device.type == "cpu" and not tensor.is_inference()
+    return plain and tensor.is_cpu and not tensor.is_inference()
 
 
 def _layout(tensor: Tensor) -> tuple[object, ...]:

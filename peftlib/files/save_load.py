@@ -15,7 +15,7 @@ from .._core.freeze import moved_buffers
 from .._core.inject import Placed, install, placed_in, require_changeable, require_free, require_name
 from .._core.lost import require_all_there
 from .._core.refill import refill, require_refillable
-from .._core.sharded import is_sharded, leave_units, settle, shard_as_hosts, whole
+from .._core.sharded import any_sharded, every_module, is_sharded, leave_units, settle, shard_as_hosts, whole
 from .._core.walk import candidates, require
 from .._errors import AdapterError
 from .container import Path, header_of, opened, read_tensor, require_unchanged, write
@@ -55,7 +55,7 @@ def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[
     placed = [*placed_in(model, name)]
     header: Header = {**described(placed, name), "metadata": metadata}
     tensors = _tensors(placed)
-    if writes_here(p for item in placed for p in item.adapter.parameters()):
+    if _writes_here(placed):
         write(path, [*tensors], header)  # all gathered before anything can fail here alone
     else:
         collections.deque(tensors, maxlen=0)
@@ -122,7 +122,7 @@ def described(there: Iterable[Placed], name: str) -> Header:
             if config not in configs:
                 configs.append(config)
             positions.setdefault(host_name, []).append(configs.index(config))
-        together = any(is_sharded(p) for item in items for p in item.adapter.parameters())
+        together = any(_is_sharded(item) for item in items)
         asked[host_name] = Asked(items[0].host, _replaced(items), together)
     base = dict(zip(asked, fingerprints([*asked.values()]), strict=True))
     return {"name": name, "configs": configs, "hosts": positions, "base": base}
@@ -232,7 +232,12 @@ def _require_base(placed: list[Placed], header: Header, path: str) -> None:
         )
 
 
-def writes_here(tensors: Iterable[Any]) -> bool:
-    """Whether this process is the first of those that hold these tensors; of whole ones each holds its own."""
-    meshes: list[Any] = [tensor.device_mesh for tensor in tensors if is_sharded(tensor)]
+def _is_sharded(item: Placed) -> bool:
+    return any_sharded(every_module(item.adapter))
+
+
+def _writes_here(placed: list[Placed]) -> bool:
+    """Whether this process is the first of those that hold these adapters; of whole ones each holds its own."""
+    own: Iterator[Any] = (p for item in placed if _is_sharded(item) for p in item.adapter.parameters())
+    meshes = [p.device_mesh for p in own if is_sharded(p)]
     return all(mesh.get_rank() == int(mesh.mesh.min()) for mesh in meshes)
