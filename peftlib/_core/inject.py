@@ -92,8 +92,9 @@ def inject(
         exclude: targets to leave out.
         freeze: sets `requires_grad=False` on all that the model holds outside adapters, until the last one is ejected.
         seed: of the adapter's own randomness: its start and its dropout masks are then the same whatever else was
-            injected, alone or in a routed batch, under checkpointing and after it was saved and loaded. Default: both
-            come from torch's generators.
+            injected, alone or in a routed batch, under checkpointing and after it was saved and loaded. Threads whose
+            adapters have seeds wait for one another while they draw; one that draws from torch's generators itself
+            just then may get numbers of such a seed, and move the mask. Default: both come from torch's generators.
         progress: called with how many adapters are made, and how many there are; default a bar by tqdm, if it is
             installed, in a terminal and from the second second on. `LoRA(init="pissa")` takes that long.
         **config: keywords of the kind.

@@ -238,6 +238,7 @@ def _is_sharded(item: Placed) -> bool:
 
 def _writes_here(placed: list[Placed]) -> bool:
     """Whether this process is the first of those that hold these adapters; of whole ones each holds its own."""
-    own: Iterator[Any] = (p for item in placed if _is_sharded(item) for p in item.adapter.parameters())
-    meshes = [p.device_mesh for p in own if is_sharded(p)]
+    own = (p for item in placed if _is_sharded(item) for p in item.adapter.parameters())
+    shards: list[Any] = [*filter(is_sharded, own)]
+    meshes = [shard.device_mesh for shard in shards]
     return all(mesh.get_rank() == int(mesh.mesh.min()) for mesh in meshes)
