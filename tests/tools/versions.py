@@ -167,7 +167,8 @@ def page(cache: Path) -> str:
     failures = [line for environment in DATA["environments"] for line in _failures(environment, results)]
     lines = [_INTRODUCTION, _parts(), f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     lines += [_row(environment, results[environment["name"]], len(head)) for environment in DATA["environments"]]
-    lines += ["", _spans([result for result in results.values() if result])]
+    found = [result for result in results.values() if result]
+    lines += ["", f"{_spans(found)} {_shares(found)}"] if found else []
     lines += ["", "## What failed", "", *failures] if failures else []
     return "\n".join(lines) + "\n"
 
@@ -216,6 +217,12 @@ def _spans(results: list[Result]) -> str:
         found = sorted({result["versions"][name].partition("+")[0] for result in results}, key=_order)
         spans += [f"{name} {' to '.join(dict.fromkeys((found[0], found[-1])))}"] if found else []
     return f"Tested with {', '.join(spans)}; on Linux, without a GPU."
+
+
+def _shares(results: list[Result]) -> str:
+    parts = [(name, counts["one_in"]) for result in results for name, counts in result["parts"].items()]
+    least = {name: max(one_in for other, one_in in parts if other == name) for name in dict(parts)}
+    return f"At least one test in {', '.join(f'{one_in} of {name}' for name, one_in in least.items())}."
 
 
 def _order(version: str) -> tuple[int, ...]:
