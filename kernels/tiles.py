@@ -158,7 +158,7 @@ def grouped_shrink(
         columns, warps = SUPER_BLOCK, max(1, warps * rows // above)
         if rank > 16 and capability in ((9, 0), (10, 0)):  # with half the warps 50 to 114 bytes spill
             warps *= 2
-            if capability == ((9, 0) if rank <= 32 else (10, 0)):  # at 2 stages: 14 with Triton 3.8, and at rank 64
+            if capability == ((9, 0) if rank <= 32 else (10, 0)):  # at 2 they spill, at rank 32 with Triton 3.8 alone
                 stages = 1
     return Tile(rows, columns, warps, stages, _splits(blocks_of_rows, blocks(K, columns), 1, capability))
 
