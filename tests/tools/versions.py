@@ -182,8 +182,8 @@ the workflow of the repository, which has the same environments.
 PyTorch starts at 2.13, for `torch.compile`: compiled by earlier ones, an adapter that overrides a weight breaks the
 graph (seen with 2.9 and 2.10), or leaves a host whose weight the next compiled call does not find (2.12). transformers
 starts at 5.16: in earlier ones, 5.12 among them, T5 attends by itself, where Prefix cannot meet it and refuses it; in
-5.4 a Prompt around Mamba fails too. safetensors starts at 0.7, the first that reads complex numbers, so that they are
-refused by name.
+5.4 a Prompt around Mamba fails too. safetensors starts at 0.8, the first whose writer is told where a tensor lies in
+memory.
 """
 
 
