@@ -21,10 +21,16 @@ _PLAIN = (bool, int, float, complex, str, type(None), type, torch.dtype, torch.d
 _SEQUENCES = frozenset({"query", "key", "value", "src", "tgt", "memory", "input"})
 BATCH_FIRST = (nn.RNNBase, nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 # [queries, keys], the same for all rows; or, in a model of transformers, [positions].
-FOR_ALL = {"attn_mask": 2, "src_mask": 2, "tgt_mask": 2, "memory_mask": 2, "mask": 2, "cache_position": 1}
+_FOR_ALL = {"attn_mask": 2, "src_mask": 2, "tgt_mask": 2, "memory_mask": 2, "mask": 2, "cache_position": 1}
 # [rows·heads, ...], the heads of each row together, whatever the rows of the other arguments are: Bloom's, Falcon's.
 _BY_HEAD = frozenset({"alibi"})
 _BY_ROW = frozenset({"attention_mask", "position_ids", "input_ids", "token_type_ids", "key_padding_mask"})
+
+
+def is_for_all(name: str, tensor: Tensor) -> bool:
+    """Whether an argument of this name is the same for all rows. torch's `mask` is square; a user's own may be
+    [rows, positions]."""
+    return tensor.dim() == _FOR_ALL.get(name) and (name != "mask" or tensor.shape[0] == tensor.shape[1])
 
 
 class Layout:
@@ -112,7 +118,7 @@ class Layout:
         return [leaf] * len(self.groups.each)
 
     def _has_rows(self, name: str, tensor: Tensor, dim: int, primary: Tensor) -> bool:
-        if tensor.dim() <= dim or tensor.dim() == FOR_ALL.get(name):
+        if tensor.dim() <= dim or is_for_all(name, tensor):
             return False
         if name in _BY_HEAD and tensor.shape[dim] % self.groups.size == 0:
             return True

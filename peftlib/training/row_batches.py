@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .._core.row_layout import FOR_ALL
+from .._core.row_layout import is_for_all
 from .._errors import AdapterError
 
 _PLAIN = (bool, int, float, complex, str, type(None))
@@ -101,7 +101,7 @@ def _join(key: str, leaves: Mapping[str, Any], rows: Mapping[str, int]) -> Any:
 
 
 def _has_rows(key: str, leaf: Any, rows: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() not in (0, FOR_ALL.get(key)) and leaf.shape[0] == rows
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows and not is_for_all(key, leaf)
 
 
 def _is_same(one: Any, other: Any) -> bool:

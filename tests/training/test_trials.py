@@ -393,6 +393,28 @@ def test_a_mask_of_positions_goes_to_every_row_also_where_there_are_as_many():
         torch.testing.assert_close(y, trials.model(x, attn_mask=mask))
 
 
+def test_a_mask_of_each_row_s_own_positions_goes_with_its_row():
+    class Pooling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return (self.inner(x) * mask.unsqueeze(-1)).sum(1)
+
+    trials = Trials(Pooling())
+    for name in ("a", "b"):
+        trials.add(name, ("", Bottleneck, {"width": 2, "dim": 4}), optimizer=sgd, seed=0)
+    batches = {name: (torch.randn(3, 5, 4), (torch.rand(3, 5) < 0.5).float()) for name in ("a", "b")}
+    for name, y in trials(batches).items():
+        with peftlib.activate(trials.model, name):
+            torch.testing.assert_close(y, trials.model(*batches[name]))
+    named = {name: {"x": x, "mask": mask} for name, (x, mask) in batches.items()}
+    for name, y in trials(named).items():
+        with peftlib.activate(trials.model, name):
+            torch.testing.assert_close(y, trials.model(**named[name]))
+
+
 def test_a_model_output_stays_one_and_a_loss_over_all_rows_is_refused():
     trials = Trials(bert())
     for rank in (1, 2):
