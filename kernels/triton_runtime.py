@@ -14,6 +14,8 @@ from triton.runtime.jit import JITFunction
 from .tiles import Tile, blocks, fit
 from .triton_interpret import interpret
 
+OPTIONS = {"enable_fp_fusion": True}  # of every launch; Triton 3.9 warns where it is left to a default
+
 
 def launch(
     kernel: JITFunction, grid: tuple[int, ...], first: Tensor, *rest: object, tile: Tile, **constants: object
@@ -23,7 +25,7 @@ def launch(
         interpret(kernel, grid, first, *rest, **constants)
         return
     with torch.cuda.device(first.device):
-        kernel[grid](first, *rest, **constants, num_warps=tile.warps, num_stages=tile.stages)
+        kernel[grid](first, *rest, **constants, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS)
 
 
 @torch.compiler.assume_constant_result

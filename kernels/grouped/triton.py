@@ -102,7 +102,7 @@ def grouped_expand_kernel(
 ):
     entry = table + tl.program_id(0) * 4
     adapter = tl.load(entry)
-    adapted = adapter >= 0
+    adapted = tl.full((1, 1), adapter, tl.int32) >= 0  # a mask by itself: 3.9's interpreter widens a scalar one
     rows = tl.load(entry + 1) + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     ranks = tl.arange(0, RANK_BLOCK)
@@ -148,7 +148,7 @@ def grouped_backward_y_kernel(
 ):
     item = items + tl.program_id(1) * 3
     adapter = tl.load(item)
-    adapted = adapter >= 0  # of the others g is zero, and nothing else
+    adapted = tl.full((1, 1), adapter, tl.int32) >= 0  # of the others g is zero, and nothing else
     known = tl.maximum(adapter, 0)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     ranks = tl.arange(0, RANK_BLOCK)
@@ -219,7 +219,7 @@ def grouped_backward_x_kernel(
 ):
     item = items + tl.program_id(1) * 3
     adapter = tl.load(item)
-    adapted = adapter >= 0
+    adapted = tl.full((1, 1), adapter, tl.int32) >= 0
     known = tl.maximum(adapter, 0)
     block_of_columns = tl.program_id(0)
     columns = block_of_columns * 256 + tl.arange(0, 256)

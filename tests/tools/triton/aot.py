@@ -78,7 +78,7 @@ def compile_for(kernel: JITFunction, target: str, arguments: tuple, options: dic
     kernel.device_caches.clear()  # its binder remembers the target
     driver.set_active(_StandInDriver(TARGETS[target]))
     try:
-        compiled = kernel.warmup(*map(_described, arguments), grid=(1,), **options)
+        compiled = kernel.warmup(*map(_described, arguments), grid=(1,), **triton_runtime.OPTIONS, **options)
     finally:
         driver._active = before
         kernel.device_caches.clear()
