@@ -67,9 +67,7 @@ bench: .venv/.with-bench .venv/.with-test
 	$(PYTEST) benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' -W default --benchmark-json=benchmarks/results/latest.json
 	$(BIN)/python benchmarks/report.py
 
-# Of scikit-learn the tables read a file of digits, which needs none of its dependencies.
-tables: .venv/.with-demo
-	$(INSTALL) --no-deps scikit-learn
+tables: .venv/.with-demo .venv/.with-tables
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/methods.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/tables.py
 

@@ -27,7 +27,6 @@ import peftlib
 KEPT = ROOT / "benchmarks" / "results" / "methods.json"
 SEEDS = (0, 1, 2, 3, 4)
 STEPS_OF_RATE = (1.0, 3.0, 10.0, 30.0, 100.0)
-HEAD_RATE = 1e-2  # the same for every method, so that what differs is the rest of the network
 
 Part = tuple[Any, type[peftlib.Adapter], dict[str, Any]]
 # Of the body's parameters and their start, of the features that are given and those that the base gives.
@@ -66,23 +65,23 @@ LOW_RANK = {"rank": 8, "alpha": 16}
 BODY: list[Part] = [("body", peftlib.Full, {})]
 
 HEAD = Method("head only", [], 1e-3)
-NARROW = Method("LoRA, query and value", [(["query", "value"], peftlib.LoRA, LOW_RANK)], 1e-4)
-LORA = Method("LoRA, all linear", [(LINEARS, peftlib.LoRA, LOW_RANK)], 1e-4)
-FULL = Method("full fine-tuning", BODY, 1e-5)
+NARROW = Method("LoRA, query and value", [(["query", "value"], peftlib.LoRA, LOW_RANK)], 3e-4)
+LORA = Method("LoRA, all linear", [(LINEARS, peftlib.LoRA, LOW_RANK)], 3e-4)
+FULL = Method("full fine-tuning", BODY, 3e-5)
 METHODS = [
     HEAD,
     NARROW,
     LORA,
-    Method("DoRA, query and value", [(["query", "value"], peftlib.DoRA, LOW_RANK)], 1e-4),
-    Method("IA3", FACTORS, 3e-3),
+    Method("DoRA, query and value", [(["query", "value"], peftlib.DoRA, LOW_RANK)], 3e-4),
+    Method("IA3", FACTORS, 1e-2),
     Method("Bottleneck, after", [(SUBLAYERS, peftlib.Bottleneck, {"width": 8})], 1e-4),
-    Method("Bottleneck, parallel", [BESIDE], 1e-4),
-    Method("Prefix", [("self", peftlib.Prefix, {"length": 8})], 3e-3),
-    Method("Full, the last block", [("blocks.1", peftlib.Full, {})], 1e-5),
+    Method("Bottleneck, parallel", [BESIDE], 3e-4),
+    Method("Prefix", [("self", peftlib.Prefix, {"length": 8})], 1e-3),
+    Method("Full, the last block", [("blocks.1", peftlib.Full, {})], 3e-5),
     FULL,
     Method("Full, biases", [("body", peftlib.Full, {"params": "*.bias"})], 3e-4, tasks=("digits",)),
-    Method("full, L2SP", BODY, 1e-5, near_the_start, ("digits",)),
-    Method("full, distilled", BODY, 1e-5, near_the_features, ("digits",)),
+    Method("full, L2SP", BODY, 3e-5, near_the_start, ("digits",)),
+    Method("full, distilled", BODY, 3e-5, near_the_features, ("digits",)),
 ]
 
 
@@ -113,7 +112,7 @@ class Cell:
         of_head = {id(p) for p in self.network.head.parameters()}
         head = [p for p in parameters if id(p) in of_head]
         rest = [p for p in parameters if id(p) not in of_head]
-        groups = [{"params": head, "lr": HEAD_RATE}, {"params": rest, "lr": rate}]
+        groups = [{"params": head, "lr": self.task.head_rate}, {"params": rest, "lr": rate}]
         return torch.optim.AdamW(groups if rest else [{"params": head, "lr": rate}], weight_decay=0.0, fused=True)
 
     def slope(self, step: int) -> float:

@@ -85,6 +85,7 @@ class Task:
     test: Data
     old: Data
     old_hits: Callable[[Tensor], Tensor]  # from the features of `old`: 1.0 for each row that is right
+    head_rate: float  # the same for every method, so that what differs is the rest of the network
     rates: float = 1.0  # what all rates are multiplied by: small networks want larger ones
 
     def network(self, seed: int) -> Network:
@@ -102,7 +103,7 @@ class Task:
 
 
 @cache
-def reviews(longest: int = 14, below: int = 4) -> Task:
+def reviews(longest: int = 20, below: int = 4) -> Task:
     """Is a sentence of a film review for or against the film? Of six blocks of MiniLM the upper two train.
 
     The old task is what a sentence encoder is made for: among passages of 64 longer reviews from another site, find
@@ -138,13 +139,14 @@ def reviews(longest: int = 14, below: int = 4) -> Task:
     return Task(
         blocks=blocks,
         classes=2,
-        training=by_length(sentences[400:]),
-        drawn=256,
+        training=by_length(sentences[750:]),
+        drawn=768,
         epochs=1,
-        validation=by_length(sentences[:150]),
-        test=by_length(sentences[150:400]),
+        validation=by_length(sentences[:250]),
+        test=by_length(sentences[250:750]),
         old=encoded([(text, 0) for text in passages]),
         old_hits=finds_the_other,
+        head_rate=0.03,
     )
 
 
@@ -185,14 +187,13 @@ def digits(width: int = 64) -> Task:
 
     parts = new.rows(torch.arange(396)), new.rows(torch.arange(396, 596)), new.rows(torch.arange(596, len(new)))
     training, validation, test = parts
-    return Task(network.body.blocks, 5, training, 256, 5, validation, test, before, old_hits, rates=10.0)
+    return Task(network.body.blocks, 5, training, 256, 5, validation, test, before, old_hits, 0.1, rates=10.0)
 
 
 def digits_of_scikit_learn() -> tuple[Tensor, Tensor]:
-    """The file of the package, which needs none of what the package itself needs."""
     spec = find_spec("sklearn")
     if spec is None or spec.submodule_search_locations is None:
-        raise SystemExit("The digits come with scikit-learn: pip install --no-deps scikit-learn")
+        raise SystemExit("The digits come with scikit-learn: pip install scikit-learn")
     path = Path(spec.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
     table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.float32))
     return table[:, :64].view(-1, 8, 8) / 16, table[:, 64].long()

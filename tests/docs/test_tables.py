@@ -134,7 +134,7 @@ def small_task(modules: Any) -> Any:
     states = torch.arange(40.0).view(-1, 1, 1).expand(40, 5, 4) * mask.unsqueeze(-1)
     data = tasks.Data({"states": states, "attention_mask": mask}, torch.arange(40))
     blocks = nn.ModuleList()
-    return tasks.Task(blocks, 40, data, 24, 3, data, data, data, lambda features: features)
+    return tasks.Task(blocks, 40, data, 24, 3, data, data, data, lambda features: features, head_rate=0.05)
 
 
 def test_a_seed_trains_on_as_many_rows_as_it_draws_and_on_each_in_every_epoch(modules):
@@ -185,6 +185,7 @@ def test_only_the_trial_s_own_parts_move_and_each_group_has_its_rate(modules):
         data,
         data,
         lambda features: features,
+        head_rate=0.05,
     )
     for method in methods.METHODS:
         one = methods.Cell(task, method, seed=0)
@@ -197,7 +198,7 @@ def test_only_the_trial_s_own_parts_move_and_each_group_has_its_rate(modules):
         assert all(torch.equal(now[key], tensor) for key, tensor in base.items())
         groups = one.trials["rate-2"].optimizer.param_groups
         initial = [group["initial_lr"] for group in groups]
-        assert initial == ([methods.HEAD_RATE, method.rates(task)[2]] if method.parts else [method.rates(task)[2]])
+        assert initial == ([task.head_rate, method.rates(task)[2]] if method.parts else [method.rates(task)[2]])
         together, apart = methods.step_times(one, rounds=1)
         assert 0 < together < math.inf
         assert 0 < apart < math.inf
