@@ -19,7 +19,7 @@ help:
 	@echo 'make mutate     mutants of the sources, one by one, that no test notices; most of an hour'
 	@echo 'make lint       ruff, pyright, pydoclint'
 	@echo 'make bench      speed and memory beside other libraries; needs a quiet machine'
-	@echo 'make tables     accuracy and forgetting of each adapter type on two tasks; ten minutes on one idle core, and it resumes'
+	@echo 'make tables     accuracy and forgetting of each adapter type on two tasks; twenty minutes on one idle core, and it resumes'
 	@echo 'make versions   docs/versions.md: the tests with the lowest and the newest of each dependency; hours, and it resumes'
 	@echo '                ENVIRONMENTS=... runs those alone'
 	@echo 'make gpu-check  the kernels, tested and timed on the GPU of this machine'
