@@ -171,7 +171,7 @@ FOLDING = {
     "fold of another kind": (Full, "fold"),
     "widen, or back up": (torch.Tensor, "to"),
     "round, or write": (torch.Tensor, "copy_"),
-    "check": (torch.Tensor, "aminmax"),
+    "check": (torch.Tensor, "sum"),
 }
 
 

@@ -183,7 +183,7 @@ def test_a_compiled_model_is_adapted_before():
     model = linears()
     compiled: Any = torch.compile(model, backend="eager")
     for act in (peftlib.inject, peftlib.plan):
-        with refused(model, "inject", "torch.compile"):
+        with refused(model, act.__name__, "torch.compile"):
             act(compiled, "0", LoRA, rank=2)
 
 
