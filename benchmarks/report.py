@@ -13,15 +13,13 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [bench["extra_info"] | {"group": bench["group"]} for bench in result["benchmarks"] if bench["extra_info"]]
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def ratios(row: dict[str, Any]) -> dict[str, str]:
     """Times as ratios to the frozen base where there is one, else to peftlib; counted values as they are."""
     values = row["values"]
     if row["unit"] == "s":
         unit = values.get("base", values["peftlib"])
-        shown = {name: f"{value / unit:.2f}" for name, value in values.items()}
-    else:
-        shown = {name: f"{value:.3g}" for name, value in values.items()}
-    return [shown.get(name, "–") for name in NAMES]
+        return {name: f"{value / unit:.2f}" for name, value in values.items()}
+    return {name: f"{value:.3g}" for name, value in values.items()}
 
 
 # Why a peer is ahead on time, where the row itself does not say.
@@ -31,12 +29,15 @@ WHY = {
 }
 
 
-def verdict(row: dict[str, Any]) -> str:
-    peers = {name: value for name, value in row["values"].items() if name not in ("base", "peftlib")}
-    best = min(peers, key=lambda name: peers[name])
-    won = row["values"]["peftlib"] <= peers[best]
+def remark(row: dict[str, Any]) -> str:
+    """Which peer is ahead, if one is, and why; what ran beside them; the row's own note."""
+    peers = {name: row["values"][name] for name in NAMES[2:] if name in row["values"]}
+    best = min(peers, key=lambda name: peers[name], default=None)
+    beside = ", ".join(f"{name} {value}" for name, value in ratios(row).items() if name not in NAMES)
+    if best is None or row["values"]["peftlib"] <= peers[best]:
+        return "; ".join(filter(None, (beside, row["note"])))
     why = row["note"] or (WHY.get(best, "") if "base" in row["values"] else "")
-    return row["note"] if won else f"{best} is ahead" + (f": {why}" if why else "")
+    return "; ".join(filter(None, (f"{best} is ahead" + (f": {why}" if why else ""), beside)))
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -48,7 +49,9 @@ def markdown(result: dict[str, Any]) -> str:
             group = row["group"]
             lines += ["", f"**{group}**", "", f"| | {' | '.join(NAMES)} | unit | |", "|---" * (len(NAMES) + 3) + "|"]
         unit = row["unit"] if row["unit"] != "s" else "× base" if "base" in row["values"] else "× peftlib"
-        lines.append(f"| {row['row']} | {' | '.join(cells(row))} | {unit} | {verdict(row)} |")
+        shown = ratios(row)
+        cells = [shown.get(name, "–") for name in NAMES]
+        lines.append(f"| {row['row']} | {' | '.join(cells)} | {unit} | {remark(row)} |")
     return "\n".join(lines)
 
 
