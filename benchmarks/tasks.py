@@ -20,9 +20,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "docs"))
 import demo  # noqa: E402
 
-Inputs = dict[
-    str, Tensor
-]  # states [rows, tokens, width] below the blocks that train, and attention_mask [rows, tokens]
+# states [rows, tokens, width] below the blocks that train, and attention_mask [rows, tokens]
+Inputs = dict[str, Tensor]
 
 
 class Body(nn.Module):

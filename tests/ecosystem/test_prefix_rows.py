@@ -1,6 +1,5 @@
 """Rows with prefixes of their own length in models of transformers: one attention call, each row as it is alone."""
 
-import math
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 import peftlib
 from peftlib import Prefix
+from support.rows import nan_stays_in_its_rows
 
 LENGTHS = {"a": 2, "b": 4, "c": 3}
 ROWS: dict[str, list[Any]] = {
@@ -109,21 +109,8 @@ def test_beams_of_one_row_lie_together():
 @pytest.mark.parametrize("which", ["of other lengths", "and of none"])
 def test_what_is_not_finite_in_one_prefix_changes_no_bit_of_another_s_rows(which):
     model, rows = model_of(), ROWS[which]
-    inputs, others = given(rows, False), [row for row, choice in enumerate(rows) if choice != "b"]
-    kept = [*peftlib.parameters(model, "a"), *peftlib.parameters(model, "c")]
-
-    def both() -> tuple[Tensor, ...]:
-        with peftlib.route(model, rows):
-            y = run(model, inputs)
-        return y, *torch.autograd.grad(y[others].square().sum(), kept)
-
-    before = both()
-    for parameter in peftlib.parameters(model, "b"):
-        parameter.data.fill_(math.nan)
-    after = both()
-    assert after[0].isnan().any()
-    for one, other in zip((before[0][others], *before[1:]), (after[0][others], *after[1:]), strict=True):
-        assert torch.equal(one, other)
+    inputs = given(rows, False)
+    nan_stays_in_its_rows(model, rows, lambda: run(model, inputs), "b")
 
 
 def test_with_a_gate_or_two_prefixes_each_group_runs_by_itself():

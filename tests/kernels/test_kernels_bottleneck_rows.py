@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from peftlib.kernels import bottleneck, bottleneck_rows
+from support.rows import same_with_gradients
 
 pytestmark = pytest.mark.mutants
 
@@ -53,17 +54,7 @@ ontos = pytest.mark.parametrize("onto", ["x", "another", "nothing"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_each_block_gives_what_its_own_bottleneck_gives(onto, scales, activation):
     case = Case(onto, scales, activation)
-    found, expected = case.run(), case.by_block()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    given = torch.randn_like(found)
-    for one, other in zip(
-        torch.autograd.grad(found, case.operands, given),
-        torch.autograd.grad(expected, case.operands, given),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-    with torch.no_grad():
-        assert torch.equal(case.run(), found)
+    same_with_gradients(case.run, case.by_block(), case.operands)
 
 
 @ontos

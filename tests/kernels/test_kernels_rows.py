@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftlib.kernels import Segments, lora_linear_rows
+from support.rows import same_with_gradients
 
 pytestmark = pytest.mark.mutants
 
@@ -85,17 +86,7 @@ orders = pytest.mark.parametrize("shuffled", [False, True], ids=["sorted", "shuf
 @pytest.mark.parametrize("share", [(), (3,), (2, 2)], ids=str)
 def test_each_row_gives_what_its_own_pair_gives(shape, shuffled, share):
     case = Case(shape, shuffled, share)
-    found, expected = case.run(), case.by_row()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    given = torch.randn_like(found)
-    for one, other in zip(
-        torch.autograd.grad(found, case.operands, given),
-        torch.autograd.grad(expected, case.operands, given),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-    with torch.no_grad():
-        assert torch.equal(case.run(), found)
+    same_with_gradients(case.run, case.by_row(), case.operands)
 
 
 @cases

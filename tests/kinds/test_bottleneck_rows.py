@@ -1,6 +1,5 @@
 """Rows with bottlenecks of their own: those of one shape share one pass, and each row is what it is alone."""
 
-import math
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 import peftlib
 from peftlib import Bottleneck
+from support.rows import nan_stays_in_its_rows
 
 pytestmark = pytest.mark.mutants
 
@@ -129,21 +129,8 @@ def test_beams_of_one_row_lie_together_and_what_follows_may_work_in_place(case):
 @pytest.mark.parametrize("order", ["in turn", "in any order"])
 def test_what_is_not_finite_in_one_adapter_changes_no_bit_of_another_s_rows(case, order):
     model, rows = model_of(case), ROWS[order]
-    x, others = inputs(rows), [row for row, choice in enumerate(rows) if choice != "b"]
-    kept = [p for _, name, adapter in peftlib.adapters(model) if name != "b" for p in adapter.parameters()]
-
-    def run() -> tuple[Tensor, ...]:
-        with peftlib.route(model, rows):
-            y = model(x)
-        return y, *torch.autograd.grad(y[others].square().sum(), kept)
-
-    before = run()
-    for parameter in peftlib.parameters(model, "b"):
-        parameter.data.fill_(math.nan)
-    after = run()
-    assert after[0].isnan().any()
-    for one, other in zip((before[0][others], *before[1:]), (after[0][others], *after[1:]), strict=True):
-        assert torch.equal(one, other)
+    x = inputs(rows)
+    nan_stays_in_its_rows(model, rows, lambda: model(x), "b")
 
 
 def test_in_half_precision_nothing_is_rounded_once_more_than_alone():
