@@ -129,7 +129,8 @@ def linear_of_one_token(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float
 ) -> Tensor:
     """One token without gradients or dropout: products with a vector, where they have the bits of F.linear."""
-    alike = x.dtype == weight.dtype == lora_A.dtype == lora_B.dtype and x.is_contiguous()
+    dtype = weight.dtype
+    alike = x.dtype is dtype and lora_A.dtype is dtype and lora_B.dtype is dtype and x.is_contiguous()
     if not alike or _is_any_autocast_enabled():
         return reference.lora_add(F.linear(x, weight, bias), x, lora_A, lora_B, scale)
     row = x.flatten()
@@ -152,11 +153,11 @@ def _multiplies_alike(weight: Tensor, bias: Tensor | None) -> bool:
     """Whether W times a vector has the bits of F.linear, which B = 0 must give: this machine is asked once a shape.
 
     Half precision would round most of the differences away, and show one later."""
-    key = weight.shape, weight.dtype, bias is None, torch.get_num_threads()
-    if key not in _ALIKE:
+    alike = _ALIKE.get(key := (weight.shape, weight.dtype, bias is None, torch.get_num_threads()))
+    if alike is None:
         asked = weight.numel() <= _LARGEST_ASKED and weight.element_size() >= 4
-        _ALIKE[key] = asked and all(_rows_agree(weight.detach().contiguous(), bias))
-    return _ALIKE[key] and weight.is_contiguous()
+        alike = _ALIKE[key] = asked and all(_rows_agree(weight.detach().contiguous(), bias))
+    return alike and weight.is_contiguous()
 
 
 def _rows_agree(weight: Tensor, bias: Tensor | None) -> Iterator[bool]:

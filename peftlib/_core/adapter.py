@@ -81,6 +81,12 @@ class Adapter(nn.Module):
         with running_with(host, fold_for_call(host, folding), folding):
             return call(*args, **kwargs)
 
+    def alone(self, host: nn.Module) -> Callable[[nn.Module, Any], Any] | None:
+        """What, called with the host and one argument, does what `forward` does around the host's own forward while no
+        other adapter acts and none was given a weight; None where nothing does it with less to look up. Tensors, flags
+        and modes are those that there are by then. It does not hold the host, which would then never be freed."""
+        return None
+
     def fold_for_call(self, host: nn.Module) -> dict[str, Tensor]:
         """What the host reads during its call in place of its weights: the weight form, unless a kind has tensors that
         stand for it and cost less."""

@@ -113,7 +113,7 @@ def _stand_in(modules: list[nn.Module], weights: Weights) -> nn.Module:
     made: dict[int, Any] = {}
     gathered: dict[int, Any] = {}
     for module in modules:
-        other = made[id(module)] = object.__new__(type(module))
+        other = made[id(module)] = Adapters() if isinstance(module, Adapters) else object.__new__(type(module))
         other.__dict__.update(without_overrides(module, vars(module)))
         for tensors in ("_parameters", "_buffers"):
             _gather(other.__dict__, tensors, gathered)
@@ -128,7 +128,7 @@ def _stand_in(modules: list[nn.Module], weights: Weights) -> nn.Module:
 
 
 def _with_weights(children: Adapters, weights: Weights) -> Adapters:
-    other: Any = object.__new__(Adapters)
+    other: Any = Adapters()
     other.__dict__.update(vars(children), selection=Selection())
     other.selection.weights = weights
     return other

@@ -170,12 +170,7 @@ class LoRA(Adapter):
     def forward(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
         if self.kernel is lora_linear and runs_bare(host, call):
             (x,) = args or kwargs.values()
-            weight, bias = tensors_of(host, "weight", "bias")
-            lora_A, lora_B, scale = self._pair_in(host)
-            if not self.dropout:
-                return lora_linear(x, weight, bias, lora_A, lora_B, scale)
-            operands = x, weight, bias, lora_A, lora_B, scale, self.dropout, self.training
-            return self.with_own_masks(lora_linear, *operands)
+            return self._linear(host, x, *self._pair_in(host))
         if self.term is None:
             return super().forward(host, call, *args, **kwargs)
         joined = self._joined(host, call)
@@ -186,6 +181,31 @@ class LoRA(Adapter):
         if "x" in kwargs:  # HF Conv1D's name for what torch's layers call `input`
             kwargs["input"] = kwargs.pop("x")
         return self._add(host, y, *args, **kwargs)
+
+    def alone(self, host: nn.Module) -> Callable[[nn.Module, Any], Tensor] | None:
+        if self.kernel is not lora_linear or type(self).forward is not LoRA.forward:
+            return None
+        above, pair = self.__dict__, self._parameters
+
+        def run(host: nn.Module, x: Tensor) -> Tensor:
+            around, own = host.__dict__, host._parameters
+            if not (self.dropout or "weight" in around or "bias" in around or "lora_A" in above or "lora_B" in above):
+                try:
+                    weight, bias, lora_A, lora_B = own["weight"], own["bias"], pair["lora_A"], pair["lora_B"]
+                except KeyError:  # computed, as parametrized ones are
+                    pass
+                else:
+                    return lora_linear(x, weight, bias, lora_A, lora_B, self.scale)
+            return self._linear(host, x, *tensors_of(self, "lora_A", "lora_B"), self.scale)
+
+        return run
+
+    def _linear(self, host: nn.Module, x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+        weight, bias = tensors_of(host, "weight", "bias")
+        if not self.dropout:
+            return lora_linear(x, weight, bias, lora_A, lora_B, scale)
+        operands = x, weight, bias, lora_A, lora_B, scale, self.dropout, self.training
+        return self.with_own_masks(lora_linear, *operands)
 
     def takes_weight(self, host: nn.Module) -> bool:
         return True
