@@ -150,20 +150,22 @@ class Adapter(nn.Module):
     @classmethod
     def together(cls, host: nn.Module, groups: Any, adapters: list[list["Adapter"]]) -> Callable[..., Any] | None:
         """What serves all rows of a host in one pass, where the rows of each group go through adapters of this type:
-        called as the host is, behind the host's own call, it gives the result, or NotImplemented."""
+        called with the host and its own call, and then as the host is, it gives the result, or NotImplemented. It does
+        not hold the host, which would then never be freed."""
         return None
 
     @classmethod
     def together_behind(
         cls, host: nn.Module, groups: Any, adapters: list[list["Adapter"]]
     ) -> Callable[..., Any] | None:
-        """The same for adapters that only change what one call gives: called with that, and with what the host was."""
+        """For adapters that only change what one call gives: called with that, and with what the host was."""
         return None
 
     @classmethod
     def in_one_graph(cls, host: nn.Module, table: Any, adapters: list[list["Adapter"]]) -> Callable[..., Any] | None:
-        """The same while torch.compile traces, for rows in front: of the table it may read the choices, whose adapters
-        these are, and compute with the index of each row, so that one graph serves every assignment of rows."""
+        """What serves all rows of this host while torch.compile traces, for rows in front: of the table it may read the
+        choices, whose adapters these are, and compute with the index of each row, so that one graph serves every
+        assignment of rows. Called behind the host's own call, as the host is."""
         return None
 
     @classmethod

@@ -26,7 +26,7 @@ def by_rows(host: Any, rows: Rows, call: Callable[..., Any], args: Any, kwargs: 
             return done
     plan = _plan_of(host, now)
     if plan.together is not None:
-        done = plan.together(call, *args, **kwargs)
+        done = plan.together(host, call, *args, **kwargs)
         if done is not NotImplemented:
             return done
     if len(plan.groups.each) == 1:

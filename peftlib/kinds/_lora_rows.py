@@ -18,8 +18,8 @@ from ..kernels.philox import draw_seed
 class LoRARows:
     """Serves a host whose rows lie in front; called with anything else, it says NotImplemented."""
 
-    def __init__(self, host: nn.Module, groups: Groups, adapters: Sequence[Sequence[Any]]) -> None:
-        self.host, self.groups, self.adapters = host, groups, adapters
+    def __init__(self, groups: Groups, adapters: Sequence[Sequence[Any]]) -> None:
+        self.groups, self.adapters = groups, adapters
         scales = tuple(None if not own else own[0].scale if len(own) == 1 else 1.0 for own in adapters)
         self.dropping = [adapter for own in adapters for adapter in own if adapter.dropout]
         self.segments = Segments(tuple(groups.counts), scales, groups.order, groups.back)
@@ -28,17 +28,17 @@ class LoRARows:
         alone = all(len(own) == 1 for own in self.own)
         self.places = [(own[0].__dict__, own[0]._parameters) for own in self.own] if alone else None
 
-    def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, host: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
         (x,) = args or kwargs.values()
         dropouts = self._dropouts() if self.dropping else None
         if (
             (dropouts is not None and self.places is None)
-            or not runs_bare(self.host, call)
+            or not runs_bare(host, call)
             or x.dim() < 2
             or x.shape[0] % self.groups.size
         ):
             return NotImplemented
-        weight, bias = tensors_of(self.host, "weight", "bias")
+        weight, bias = tensors_of(host, "weight", "bias")
         pairs = self._pairs()
         factors = [factor for pair in pairs for factor in pair]
         by_kernels = dropouts is not None and launches(x)

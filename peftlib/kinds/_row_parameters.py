@@ -29,14 +29,14 @@ _LARGEST_NORM = 1 << 17
 class FactorRows:
     """IA3 on the output: y times the factor of each row's own adapters, as they nest."""
 
-    def __init__(self, host: Any, groups: Groups, adapters: Sequence[Sequence[Any]]) -> None:
-        self.host, self.groups, self.adapters = host, groups, adapters
+    def __init__(self, groups: Groups, adapters: Sequence[Sequence[Any]]) -> None:
+        self.groups, self.adapters = groups, adapters
         self.depth = max(map(len, adapters))
         first = next(own[0] for own in adapters if own)
         self.axis = first.axis
 
-    def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
-        x = _rows_of(self.host, self.groups, call, args, kwargs)
+    def __call__(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
+        x = _rows_of(host, self.groups, call, args, kwargs)
         if x is None:
             return NotImplemented
         y = call(*args, **kwargs)
@@ -57,25 +57,24 @@ class FactorRows:
 class BiasRows:
     """Full on the bias of a Linear: the product once, and each row's own bias, or the host's."""
 
-    def __init__(self, host: Any, groups: Groups, adapters: Sequence[Sequence[Any]]) -> None:
-        self.host, self.groups, self.adapters = host, groups, adapters
+    def __init__(self, groups: Groups, adapters: Sequence[Sequence[Any]]) -> None:
+        self.groups, self.adapters = groups, adapters
 
-    def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
-        x = _rows_of(self.host, self.groups, call, args, kwargs)
-        biases = _own(self.host, "bias", self.adapters)
-        if x is None or not _are_alike(x, self.host.weight, *biases):
+    def __call__(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
+        x = _rows_of(host, self.groups, call, args, kwargs)
+        biases = _own(host, "bias", self.adapters)
+        if x is None or not _are_alike(x, host.weight, *biases):
             return NotImplemented
-        return _by_row(torch.add, F.linear(x, self.host.weight), spread(self.groups, biases))
+        return _by_row(torch.add, F.linear(x, host.weight), spread(self.groups, biases))
 
 
 class NormRows:
     """Full on a LayerNorm or RMSNorm: normalised once, then each row's own weight and bias."""
 
-    def __init__(self, host: Any, groups: Groups, adapters: Sequence[Sequence[Any]]) -> None:
-        self.host, self.groups, self.adapters = host, groups, adapters
+    def __init__(self, groups: Groups, adapters: Sequence[Sequence[Any]]) -> None:
+        self.groups, self.adapters = groups, adapters
 
-    def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
-        host = self.host
+    def __call__(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
         x = _rows_of(host, self.groups, call, args, kwargs)
         weights = _own(host, "weight", self.adapters)
         biases = [] if getattr(host, "bias", None) is None else _own(host, "bias", self.adapters)
@@ -96,10 +95,10 @@ def full_rows(host: Any, groups: Groups, adapters: Sequence[Sequence[Any]]) -> A
     if not whole or max(map(len, adapters)) > 1:
         return None
     if copied == {"bias"} and is_plain_linear(host):
-        return BiasRows(host, groups, adapters)
+        return BiasRows(groups, adapters)
     forward: Any = base_type(type(host)).forward  # pyright: ignore[reportAttributeAccessIssue]
     stock = isinstance(host, _NORMS) and any(forward is norm.forward for norm in _NORMS)
-    return NormRows(host, groups, adapters) if stock and copied <= {"weight", "bias"} else None
+    return NormRows(groups, adapters) if stock and copied <= {"weight", "bias"} else None
 
 
 def spread(groups: Groups, parameters: Sequence[Tensor]) -> Tensor:

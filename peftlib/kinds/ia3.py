@@ -105,7 +105,7 @@ class IA3(Adapter):
     @classmethod
     def together(cls, host: nn.Module, groups: Any, adapters: Any) -> Any:
         plain = all(type(one) is IA3 and one.follows_call(host) for own in adapters for one in own)
-        return FactorRows(host, groups, adapters) if plain and groups.dim == 0 else None
+        return FactorRows(groups, adapters) if plain and groups.dim == 0 else None
 
     def _scaled(self, x: Tensor, factor: Tensor) -> Tensor:
         """In the dtype of x, rounded once. Autograd keeps x and the factor, no product."""

@@ -219,7 +219,7 @@ def test_gradients_are_laid_out_as_what_they_are_added_to():
     assert [gradient.stride() for gradient in gradients] == [factor.stride() for factor in case.factors]
 
 
-def test_x_is_kept_itself_and_beside_it_only_products_of_the_rank():
+def test_x_is_kept_itself_and_beside_it_products_of_the_rank_and_the_stacked_factors():
     case = Case([(4, 2), (4, 2)], shuffled=True, share=(50,))
     case.weight.requires_grad_(False)
     kept: list[Tensor] = []
@@ -228,4 +228,4 @@ def test_x_is_kept_itself_and_beside_it_only_products_of_the_rank():
     known = {operand.data_ptr() for operand in case.operands}
     extra = [tensor for tensor in kept if tensor.data_ptr() not in known]
     assert case.x.data_ptr() in {tensor.data_ptr() for tensor in kept}
-    assert sum(tensor.numel() for tensor in extra) == 8 * 50 * 2
+    assert sum(tensor.numel() for tensor in extra) == 8 * 50 * 2 + sum(factor.numel() for factor in case.factors)

@@ -24,24 +24,24 @@ from ._transformers import has_registry, registered, uses_registry
 class PrefixRows:
     """The keys and values are known to be [batch, heads, tokens, dim], so each row gets those of its own prefix."""
 
-    def __init__(self, host: nn.Module, groups: Groups, adapters: Sequence[Sequence[Any]]) -> None:
-        self.host, self.groups, self.adapters = host, groups, adapters
+    def __init__(self, groups: Groups, adapters: Sequence[Sequence[Any]]) -> None:
+        self.groups, self.adapters = groups, adapters
         counted = zip(adapters, groups.counts, strict=True)
         lengths = [own[0].length if own else 0 for own, count in counted for _ in range(count)]
         self.lengths = lengths if groups.back is None else [lengths[at] for at in groups.back.tolist()]
         self.seen: dict[tuple[int, torch.device], Tensor] = {}
 
-    def __call__(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, host: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
         x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        known = attention_of(self.host) in ("sdpa", "eager") and not is_transformed()
+        known = attention_of(host) in ("sdpa", "eager") and not is_transformed()
         if not known or x is None or x.dim() != 3 or len(x) % self.groups.size:
             return NotImplemented
         share = len(x) // self.groups.size
         keys, values = ([*each] for each in zip(*map(self._keys_and_values, self.adapters), strict=True))
         own = [spread(self.groups, self._filled_up(each)).repeat_interleave(share, 0) for each in (keys, values)]
-        front = RowsFront(base_type(type(self.host)).__name__, own[0], own[1], self._seen_by_row(share, x.device))
+        front = RowsFront(base_type(type(host)).__name__, own[0], own[1], self._seen_by_row(share, x.device))
         try:
-            with registered(self.host, front) if uses_registry(self.host) else InFront(front):
+            with registered(host, front) if uses_registry(host) else InFront(front):
                 result = call(*args, **kwargs)
         except OtherLayoutError:  # raised before the attention: each group by itself asks for no layout
             return NotImplemented
@@ -74,4 +74,4 @@ def prefix_rows_of(host: nn.Module, groups: Groups, adapters: Sequence[Sequence[
     own = [adapter for each in adapters for adapter in each]
     alike = {(one.heads, one.head_dim, one.value_dim) for one in own}
     plain = all(one.gate is None for one in own) and max(map(len, adapters)) == 1
-    return PrefixRows(host, groups, adapters) if plain and len(alike) == 1 and has_registry(host) else None
+    return PrefixRows(groups, adapters) if plain and len(alike) == 1 and has_registry(host) else None
