@@ -185,9 +185,10 @@ class LoRA(Adapter):
     def alone(self, host: nn.Module) -> Callable[[nn.Module, Any], Tensor] | None:
         if self.kernel is not lora_linear or type(self).forward is not LoRA.forward:
             return None
-        above, pair = self.__dict__, self._parameters
+        above: Any = self.__dict__
+        pair: Any = self._parameters
 
-        def run(host: nn.Module, x: Tensor) -> Tensor:
+        def run(host: Any, x: Tensor) -> Tensor:
             around, own = host.__dict__, host._parameters
             if not (self.dropout or "weight" in around or "bias" in around or "lora_A" in above or "lora_B" in above):
                 try:
@@ -236,7 +237,7 @@ class LoRA(Adapter):
     @classmethod
     def together(cls, host: nn.Module, groups: Any, adapters: Any) -> Any:
         plain = all(type(one) is LoRA and one.kernel is lora_linear for own in adapters for one in own)
-        return LoRARows(host, groups, adapters) if plain and groups.dim == 0 else None
+        return LoRARows(groups, adapters) if plain and groups.dim == 0 else None
 
     @classmethod
     def in_one_graph(cls, host: nn.Module, table: Any, adapters: Any) -> Any:
