@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bare import NAME, with_bare
 from bench_step import TESTS, step
 from models import PEERS, with_peftlib
 from torch import nn
@@ -23,6 +24,8 @@ def bench_layer(contest, tokens: int, inputs: int, outputs: int, dropout: float)
     x = torch.randn(tokens, inputs, requires_grad=True)
     models = {"base": _linear(inputs, outputs), "peftlib": with_peftlib(_linear(inputs, outputs), 8, dropout, ["q"])}
     models |= {name: put_in(_linear(inputs, outputs), 8, dropout) for name, put_in in PEERS.items()}
+    if tokens == 16:
+        models[NAME] = with_bare(_linear(inputs, outputs), 8, dropout)
     runs = {name: step(model, x) for name, model in models.items()}
     contest(f"layer {tokens}x{inputs}->{outputs} r=8 p={dropout}", runs, tests=TESTS)
 

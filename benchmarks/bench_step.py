@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from models import contenders
+from bare import NAME, with_bare
+from models import blocks, contenders
 from torch import nn
 
 from peftlib.kernels.lora.aten import gemm_dtype
@@ -37,7 +38,10 @@ def step(model: nn.Module, x: torch.Tensor) -> Callable[[], None]:
 @pytest.mark.parametrize(("width", "tokens", "depth", "rank"), SHAPES)
 def bench_step(contest, width: int, tokens: int, depth: int, rank: int, dropout: float) -> None:
     x = torch.randn(1, tokens, width, requires_grad=True)
-    runs = {name: step(model, x) for name, model in contenders(width, depth, rank, dropout).items()}
+    models = contenders(width, depth, rank, dropout)
+    if tokens == 16:
+        models[NAME] = with_bare(blocks(width, depth), rank, dropout)
+    runs = {name: step(model, x) for name, model in models.items()}
     contest(f"step d={width} tokens={tokens} r={rank} p={dropout}", runs, tests=TESTS)
 
 
