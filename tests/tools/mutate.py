@@ -3,7 +3,8 @@
 `PYTHONPATH=tests python -m tools.mutate peftlib/_core/merge.py` prints what survives. One run of the tests first
 finds which of them reach which line, and how long each takes; a mutation then meets those that reach it, the fastest
 first, until one fails. It does so in a fork of a process that has collected the tests, where the code of the
-functions is exchanged; or, if it lies outside of functions, in a process that has yet to import peftlib.
+functions is exchanged; or, if it lies outside of functions, in a process that has yet to import peftlib. The tests are
+those marked `mutants`, or all fast ones of the files given with `--tests`.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import functools
 import gc
 import importlib.machinery
 import itertools
+import linecache
 import math
 import os
 import pickle
@@ -23,7 +25,7 @@ import tempfile
 import time
 import tomllib
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -54,6 +56,7 @@ class Reach:
     seconds: dict[str, float] = field(default_factory=dict)
     lines: dict[Path, dict[int, set[str]]] = field(default_factory=dict)
     most: float = math.inf  # a mutation that only a test beyond it would notice counts as alive
+    files: tuple[Path, ...] = ()  # whose tests these are; none: those with a mark
 
     def tests(self, mutation: Mutation) -> list[str]:
         """Those that run its statement; those that compile, for what runs there is not seen; those that run its
@@ -128,23 +131,23 @@ def _is_chosen(item: pytest.Item) -> bool:
     )
 
 
-def _files() -> Iterator[str]:
+def _files() -> Iterator[Path]:
     """Those with a test to choose: to collect all would import every library that some test needs."""
     for path in sorted(TESTS.rglob("test_*.py")):
         if path.name == "test_laws.py" or "pytest.mark.mutants" in path.read_text():
-            yield str(path)
+            yield path
 
 
 class Collected:
     """A pytest plugin that hands the tests over in place of running them."""
 
-    def __init__(self, work: Callable[[list[pytest.Item]], object]) -> None:
-        self.work = work
+    def __init__(self, work: Callable[[list[pytest.Item]], object], chooses: bool) -> None:
+        self.work, self.chooses = work, chooses
         self.error: Exception | None = None
         self.answer: Any = True  # where a mutation cannot be imported, nothing is collected: it fails
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = [item for item in items if _is_chosen(item)]
+        items[:] = [item for item in items if _is_chosen(item) or not self.chooses]
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         try:
@@ -154,10 +157,10 @@ class Collected:
         return True
 
 
-def with_tests(work: Callable[[list[pytest.Item]], object]) -> Any:
+def with_tests(work: Callable[[list[pytest.Item]], object], files: Sequence[Path]) -> Any:
     """What `work` gives for the collected tests."""
-    plugin = Collected(work)
-    pytest.main([*PYTEST, *_files()], plugins=[plugin])
+    plugin = Collected(work, chooses=not files)
+    pytest.main([*PYTEST, *map(str, files or _files())], plugins=[plugin])
     if plugin.error is not None:
         raise plugin.error
     return plugin.answer
@@ -257,26 +260,41 @@ def fails_inside(
     new = _codes(mutation.code)
     for each in functions[mutation.source]:
         each.__code__ = new.get(_key(each.__code__), each.__code__)
+    show(mutation)
     return fails(mutation, reach, items)
+
+
+def show(mutation: Mutation) -> None:
+    """To whom reads the source of its function again, as Triton's interpreter does; the others stay where they are."""
+    if mutation.function is None:
+        return
+    lines = mutation.source.read_text().splitlines(keepends=True)
+    first, last = mutation.function.start - 1, mutation.function.stop - 1
+    text = [line + "\n" for line in mutation.text.splitlines()]
+    lines[first:last] = text + ["\n"] * (last - first - len(text))
+    linecache.cache[str(mutation.source)] = (len(lines), None, lines, str(mutation.source))
 
 
 def fails_from_import(mutation: Mutation, reach: Reach) -> bool:
     import_as(mutation)
-    return with_tests(functools.partial(fails, mutation, reach))
+    return with_tests(functools.partial(fails, mutation, reach), reach.files)
 
 
-def noted(work: Callable[[list[pytest.Item]], Any], path: Path) -> Any:
+def noted(work: Callable[[list[pytest.Item]], Any], path: Path, files: Sequence[Path]) -> Any:
     """What `work` gives for the collected tests in a child, so that this process imports nothing of peftlib."""
-    child = forked(lambda: not with_tests(lambda items: path.write_bytes(pickle.dumps(work(items)))))
+    child = forked(lambda: not with_tests(lambda items: path.write_bytes(pickle.dumps(work(items))), files))
     if os.waitpid(child, 0)[1]:
         raise RuntimeError("the tests could not be collected and run: see `make test`")
     return pickle.loads(path.read_bytes())
 
 
-def run(sources: list[Path], only: str, jobs: int, most: float, reach_path: Path, complete: bool) -> bool:
+def run(
+    sources: list[Path], files: tuple[Path, ...], only: str, jobs: int, most: float, reach_path: Path, complete: bool
+) -> bool:
     """Prints what survives, by source; says whether anything does, or an explanation has lost its mutation."""
     known = pickle.loads(reach_path.read_bytes()) if reach_path.exists() else Reach()
-    reach = dataclasses.replace(noted(lambda items: with_new_tests(known, items, sources), reach_path), most=most)
+    found_reach = noted(lambda items: with_new_tests(known, items, sources), reach_path, files)
+    reach = dataclasses.replace(found_reach, most=most, files=files)
     found = [each for source in sources for each in mutations(source) if only in each.what]
     reasons = explained()
     tried = [*map(unchanged, sources), *(each for each in found if each.what not in reasons)]
@@ -289,7 +307,7 @@ def run(sources: list[Path], only: str, jobs: int, most: float, reach_path: Path
         tasks = ((n, functools.partial(fails_inside, tried[n], reach, items, functions)) for n in inside)
         return list(tell(survivors(tasks, jobs), tried))
 
-    alive = noted(try_inside, reach_path.with_suffix(".alive"))
+    alive = noted(try_inside, reach_path.with_suffix(".alive"), files)
     outside = sorted(set(numbers) - set(inside))
     tasks = ((n, functools.partial(fails_from_import, tried[n], reach)) for n in outside)
     alive += tell(survivors(tasks, jobs), tried)
@@ -329,6 +347,7 @@ def report(source: Path, found: list[Mutation], living: list[Mutation], reasons:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("sources", nargs="+", type=Path)
+    arguments.add_argument("--tests", nargs="+", type=Path, default=[], help="files of tests, in place of the marked")
     arguments.add_argument("--only", default="", help="only the mutations whose description contains this")
     arguments.add_argument(
         "--complete",
@@ -342,6 +361,7 @@ def main() -> None:
     )
     chosen = arguments.parse_args()
     sources = [source.resolve() for source in chosen.sources]
+    files = tuple(path.resolve() for path in chosen.tests)
     os.chdir(ROOT)
     import torch
     import transformers
@@ -350,7 +370,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         reach = chosen.reach or Path(folder) / "reach"
-        sys.exit(run(sources, chosen.only, chosen.jobs, chosen.most, reach, chosen.complete))
+        sys.exit(run(sources, files, chosen.only, chosen.jobs, chosen.most, reach, chosen.complete))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ of 0, a factor that gets no gradient. Annotations and docstrings are left alone.
 
 import ast
 import itertools
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class Mutation:
     code: CodeType
     lines: range | None  # of the statement; None: it runs at import
     function: range | None = None  # the lines of the function around it
+    text: str = ""  # that function, for what reads a source
 
 
 def mutations(source: Path) -> Iterator[Mutation]:
@@ -56,7 +58,8 @@ def mutations(source: Path) -> Iterator[Mutation]:
         for other in _alternatives(node):
             _set(parent, field, index, ast.fix_missing_locations(ast.copy_location(other, node)))
             what = f"{_name(scope)}: {_difference(before, ast.unparse(tree).splitlines())}"
-            yield Mutation(source, what, compile(tree, str(source), "exec"), _lines(scope), _function(scope))
+            code = compile(tree, str(source), "exec")
+            yield Mutation(source, what, code, _lines(scope), _function(scope), _text(scope))
             _set(parent, field, index, node)
 
 
@@ -168,8 +171,20 @@ def _lines(scope: tuple[ast.AST, ...]) -> range | None:
 
 
 def _function(scope: tuple[ast.AST, ...]) -> range | None:
-    around = [each for each in scope if isinstance(each, ast.FunctionDef)]
+    around = _functions(scope)
     return range(around[0].lineno, (around[0].end_lineno or 0) + 1) if around else None
+
+
+def _text(scope: tuple[ast.AST, ...]) -> str:
+    around = _functions(scope)
+    if not around:
+        return ""
+    bare = ast.FunctionDef(around[0].name, around[0].args, around[0].body, [], around[0].returns)
+    return textwrap.indent(ast.unparse(ast.copy_location(bare, around[0])), around[0].col_offset * " ")
+
+
+def _functions(scope: tuple[ast.AST, ...]) -> list[ast.FunctionDef]:
+    return [each for each in scope if isinstance(each, ast.FunctionDef)]
 
 
 def _difference(before: list[str], after: list[str]) -> str:
