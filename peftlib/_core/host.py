@@ -62,16 +62,21 @@ class Selection:
 
 class Decided:
     """What a host's call comes to while these adapters are active: `run(host, x)` where one adapter acts and gave it
-    (`Adapter.alone`), or None. With hooks on that adapter it is not used, for a module's own call runs them.
+    (`Adapter.alone`), or None. Not while that adapter has hooks, or a `forward` put on it as accelerate does: only a
+    module's own call runs those.
 
     Kept by the host's `Adapters` until another choice, which is another tuple, or until an adapter comes or goes. It
     spares a call of one token a quarter of its time."""
 
-    __slots__ = ("active", "hooks", "run")
+    __slots__ = ("active", "hooks", "own", "run")
 
     def __init__(self, active: tuple[str, ...], host: nn.Module | None, acting: Adapter | None) -> None:
         self.active, self.run = active, None if acting is None or host is None else acting.alone(host)
-        self.hooks = () if acting is None else (*(acting.__dict__[key] for key in _HOOKS), *_GLOBAL_HOOKS)
+        self.own: dict[str, Any] = {} if acting is None else acting.__dict__
+        self.hooks = () if acting is None else (*(self.own[key] for key in _HOOKS), *_GLOBAL_HOOKS)
+
+    def is_wrapped(self) -> bool:
+        return "forward" in self.own or any(self.hooks)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -156,8 +161,9 @@ def _forward_around(cls: Any) -> Callable[..., Any]:
             decided = adapters.decided
             if decided.active is not selection.active:
                 decided = adapters.decided = _decided(self, adapters, statistics)
-            if decided.run is not None and len(args) == 1 and not (kwargs or any(decided.hooks) or selection.weights):
-                return decided.run(self, *args)
+            run = decided.run
+            if run is not None and len(args) == 1 and not (kwargs or selection.weights or decided.is_wrapped()):
+                return run(self, *args)
         call = self.__dict__.get(_INNER) or super(Adapted, self).forward  # pyright: ignore[reportAttributeAccessIssue]
         if statistics is not None:
             call = functools.partial(_with_statistics_held, self, statistics, call)

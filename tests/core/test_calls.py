@@ -158,6 +158,16 @@ def test_hooks_on_an_adapter_run_whenever_they_came():
         assert not seen
 
 
+def test_a_forward_put_on_an_adapter_runs():
+    """As accelerate does, to bring an offloaded adapter's tensors for its call."""
+    model, x, seen = called(), torch.randn(3, 6).double(), []
+    adapter = model[0].adapters.default
+    forward = adapter.forward
+    adapter.forward = lambda *args, **kwargs: seen.append(args) or forward(*args, **kwargs)
+    assert torch.allclose(model(x), dense(model, x, default=1.0))
+    assert seen
+
+
 @pytest.mark.parametrize("choose", [lambda view: None, lambda view: peftlib.route(view, ["default", None, "default"])])
 def test_a_view_that_ran_ends_with_the_last_reference_to_it(choose):
     model = called()
