@@ -118,6 +118,24 @@ def test_backward_under_autocast_and_of_a_gradient_that_lies_apart_is_the_same(o
         assert torch.equal(one, other)
 
 
+@ontos
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_rounds_no_more_than_each_step_does(onto, dtype):
+    """Among positive numbers nothing cancels, and four roundings to the dtype lie between: up·s, the product with down,
+    that with up, and the sum with what it is added to."""
+    case, exact = Case(onto, activation="relu", dtype=dtype), Case(onto, activation="relu")
+    for operand, own in zip(exact.operands, case.operands, strict=True):
+        own.data = own.data.abs()
+        operand.data = own.data.double()
+    found, expected = case.run(), exact.by_block()
+    given = torch.rand_like(found)
+    gradients = torch.autograd.grad(found, case.operands, given)
+    wanted = torch.autograd.grad(expected, exact.operands, given.double())
+    assert {found.dtype, *(gradient.dtype for gradient in gradients)} == {dtype}
+    for one, other in zip((found, *gradients), (expected, *wanted), strict=True):
+        assert ((one - other).abs() <= 4 * torch.finfo(dtype).eps / 2 * other).all()
+
+
 def test_gradients_are_laid_out_as_what_they_are_added_to():
     """Else autograd copies each of them."""
     case = Case("x")

@@ -229,3 +229,16 @@ def test_x_is_kept_itself_and_beside_it_products_of_the_rank_and_the_stacked_fac
     extra = [tensor for tensor in kept if tensor.data_ptr() not in known]
     assert case.x.data_ptr() in {tensor.data_ptr() for tensor in kept}
     assert sum(tensor.numel() for tensor in extra) == 8 * 50 * 2 + sum(factor.numel() for factor in case.factors)
+
+
+def test_orders_are_copied_to_a_device_once_and_not_at_all_where_nothing_needs_it():
+    order, meta = torch.tensor([2, 0, 1]), torch.device("meta")
+    shuffled, in_order = Segments((1, 2), (2.0, None), order, order.argsort()), Segments((1, 2), (2.0, None))
+    there = shuffled.to(meta)
+    assert there is shuffled.to(meta)
+    assert there.order is not None
+    assert there.back is not None
+    assert (there.order.device, there.back.device) == (meta, meta)
+    assert (there.counts, there.scales) == (shuffled.counts, shuffled.scales)
+    assert shuffled.to(order.device) is shuffled
+    assert in_order.to(meta) is in_order
