@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .. import tiles
 from ..dispatch import apply, as_own_tensor, is_differentiated, without_autocast
-from ..lora.segments import Segments, plain_rows
+from ..lora.segments import Segments, plain_gradients
 from ..philox import keep_mask_of
 from .blocks import Blocks
 from .reference import Masks
@@ -133,22 +133,11 @@ def _differentiable(ctx: Any, dY: Tensor) -> tuple[Any, ...]:
     """The backward pass through plain operations, whose own backward torch knows."""
     masks, (x, weight, _, _, _, *factors) = ctx.masks, ctx.saved_tensors
     needs_x, needs_weight, needs_bias, _, _, _, *needs = ctx.needs_input_grad
-    if x is None:
-        if any(needs[1::2]):
-            raise RuntimeError(
-                "lora_linear_rows: a second derivative needs x, which was not kept because no lora_A needs a gradient. "
-                "Give one of them requires_grad=True, or do without create_graph."
-            )
-        x = torch.zeros(ctx.x_shape, dtype=dY.dtype, device=dY.device, requires_grad=True)
 
     def keep(pair: int, rows: Tensor) -> Tensor:
         return keep_mask_of(rows, masks.dropouts[pair], masks.seeds[pair : pair + 1])
 
-    with torch.enable_grad():
-        dropped = (None, None) if masks is None else (masks.dropouts, keep)
-        y = plain_rows(x, weight, ctx.segments.to(dY.device), factors, *dropped)
-        needed = [needs_x, needs_weight, *needs]
-        wanted = [tensor for tensor, need in zip([x, weight, *factors], needed, strict=True) if need]
-        found = iter(torch.autograd.grad(y, wanted, dY, create_graph=True))
-    dX, dW, *rest = [next(found) if need else None for need in needed]
-    return dX, dW, dY.flatten(0, -2).sum(0) if needs_bias else None, None, None, None, *rest
+    dropped = (None, None) if masks is None else (masks.dropouts, keep)
+    segments, wanted = ctx.segments.to(dY.device), [needs_x, needs_weight, needs_bias, *needs]
+    dX, dW, db, *rest = plain_gradients(dY, x, weight, segments, factors, ctx.x_shape, wanted, *dropped)
+    return dX, dW, db, None, None, None, *rest

@@ -21,7 +21,7 @@ from ..dispatch import (
 )
 from ..grouped.lora import lora_linear_grouped
 from ..grouped.reference import Masks
-from .segments import Segments, plain_rows
+from .segments import Segments, plain_gradients
 
 _DENSE = frozenset((Tensor, Parameter))
 Pair = tuple[Tensor, Tensor]
@@ -261,24 +261,18 @@ def _differentiable(ctx: Any, dY: Tensor) -> tuple[Any, ...]:
     segments, (x, weight, keep, *saved) = ctx.segments, ctx.saved_tensors
     factors = saved[ctx.products :]
     needs_x, needs_weight, needs_bias, _, _, *needs = ctx.needs_input_grad
-    if x is None or (weight is None and needs_x):
-        x = torch.zeros(ctx.x_shape, dtype=dY.dtype, device=dY.device, requires_grad=True)
-        if any(needs[1::2]):
-            raise RuntimeError(
-                "lora_linear_rows: a second derivative needs x, which was not kept because no lora_A needs a gradient. "
-                "Give one of them requires_grad=True, or do without create_graph."
-            )
-    inputs = [x, weight, *factors]
-    with torch.enable_grad():
-        if segments.are_alike:
+    if segments.are_alike:
+        with torch.enable_grad():
             factors = [factor for pair in zip(*(stack.unbind() for stack in factors), strict=True) for factor in pair]
-        places = [rows for _, rows, *_ in _each(x.numel() // x.shape[-1], segments, factors)]
-        kept = None if keep is None else lambda pair, _: keep[places[pair]]
-        y = plain_rows(x, weight, segments, factors, keep=kept)
-        wanted = [tensor for tensor, need in zip(inputs, [needs_x, needs_weight, *needs], strict=True) if need]
-        found = iter(torch.autograd.grad(y, wanted, dY, create_graph=True))
-    dX, dW, *rest = [next(found) if need else None for need in [needs_x, needs_weight, *needs]]
-    return dX, dW, dY.flatten(0, -2).sum(0) if needs_bias else None, None, None, *rest
+        needs = needs * (len(factors) // 2)
+    places = [rows for _, rows, *_ in _each(dY.numel() // dY.shape[-1], segments, factors)]
+    kept = None if keep is None else lambda pair, _: keep[places[pair]]
+    wanted = [needs_x, needs_weight, needs_bias, *needs]
+    dX, dW, db, *rest = plain_gradients(dY, x, weight, segments, factors, ctx.x_shape, wanted, keep=kept)
+    if segments.are_alike:
+        of_A, of_B = [[one for one in own if one is not None] for own in (rest[::2], rest[1::2])]
+        rest = [torch.stack(own) if own else None for own in (of_A, of_B)]
+    return dX, dW, db, None, None, *rest
 
 
 def _sorted(tensor: Tensor, segments: Segments, factors: Sequence[Tensor]) -> Tensor:

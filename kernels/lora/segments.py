@@ -1,5 +1,6 @@
 """The rows of a batch by the pair of factors that they go through, and LoRA on them in plain operations."""
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,9 +87,41 @@ class Segments:
         return self._columns[key]
 
 
+def plain_gradients(
+    dY: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    segments: Segments,
+    factors: Sequence[Tensor],
+    shape: Sequence[int],
+    needs: Sequence[bool],
+    dropouts: Sequence[float] | None = None,
+    keep: Callable[[int, Tensor], Tensor] | None = None,
+) -> list[Tensor | None]:
+    """Those of x [shape], W, b and the factors that `needs` names, by operations whose own backward torch knows.
+
+    Where x or W was not kept, no gradient that is asked for depends on it, and zeros stand in its place."""
+    needs_x, needs_weight, needs_bias, *needs_factors = needs
+    asked = [needs_x, needs_weight, *needs_factors]
+    if x is None and any(needs_factors[1::2]):
+        raise RuntimeError(
+            "lora_linear_rows: a second derivative needs x, which was not kept because no lora_A needs a gradient. "
+            "Give one of them requires_grad=True, or do without create_graph."
+        )
+    zeros = functools.partial(torch.zeros, dtype=dY.dtype, device=dY.device)
+    x = zeros(shape, requires_grad=needs_x) if x is None else x
+    weight = zeros((dY.shape[-1], shape[-1]), requires_grad=needs_weight) if weight is None else weight
+    with torch.enable_grad():
+        y = plain_rows(x, weight, segments, factors, dropouts, keep)
+        wanted = [tensor for tensor, need in zip([x, weight, *factors], asked, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, dY, create_graph=True) if wanted else ())
+    dX, dW, *rest = [next(found) if need else None for need in asked]
+    return [dX, dW, dY.reshape(-1, dY.shape[-1]).sum(0) if needs_bias else None, *rest]
+
+
 def plain_rows(
     x: Tensor,
-    weight: Tensor | None,
+    weight: Tensor,
     segments: Segments,
     factors: Sequence[Tensor],
     dropouts: Sequence[float] | None = None,
@@ -99,7 +132,7 @@ def plain_rows(
     x = x if segments.order is None else x[segments.order]
     pairs, parts = itertools.count(), []
     for part, scale in zip(x.split(segments.counts), segments.scales, strict=True):
-        y = part.new_zeros(*part.shape[:-1], factors[1].shape[0]) if weight is None else F.linear(part, weight)
+        y = F.linear(part, weight)
         if scale is None:
             parts.append(y)
             continue

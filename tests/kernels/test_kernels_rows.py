@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftlib.kernels import Segments, lora_linear_rows
-from support.rows import same_with_gradients
+from support.rows import first_and_second, same_with_gradients
 
 pytestmark = pytest.mark.mutants
 
@@ -115,6 +115,40 @@ def test_gradients_of_gradients(name, shuffled):
     kept = torch.autograd.grad(run(*case.operands).sum(), case.operands, create_graph=True)
     for one, other in zip(kept, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["alike, other ranks", "the base too", "the base alone"])
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (1, 2), (3,), (1, 4), (3, 6)], ids=str)
+def test_gradients_of_gradients_where_only_some_learn(name, needed):
+    case = Case(SHAPES[name], shuffled=True, share=(2,))
+    for at, operand in enumerate(case.operands):
+        operand.requires_grad_(at in needed)
+    learned = [operand for operand in case.operands if operand.requires_grad]
+    if not learned:
+        return
+    found, expected = (first_and_second(y, learned) for y in (case.run(), case.by_row()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["alike, other ranks", "the base too"])
+def test_gradients_of_several_outputs_at_once_are_those_of_each(name):
+    case = Case(SHAPES[name], shuffled=True)
+    y = case.run()
+    given = torch.randn(3, *y.shape, dtype=y.dtype)
+    together = torch.autograd.grad(y, case.operands, given, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(y, case.operands, each, retain_graph=True) for each in given]
+    for one, others in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(one, torch.stack(others), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("needed", [(4,), (0, 4)], ids=["B", "x and B"])
+def test_gradients_of_gradients_of_B_alone_are_refused(needed):
+    case = Case(SHAPES["alike"], shuffled=True)
+    for at, operand in enumerate(case.operands):
+        operand.requires_grad_(at in needed)
+    with pytest.raises(RuntimeError, match="lora_A"):
+        torch.autograd.grad(case.run().sum(), case.operands[4], create_graph=True)
 
 
 @cases

@@ -23,6 +23,12 @@ def same_with_gradients(run: Callable[[], Tensor], expected: Tensor, operands: S
         assert torch.equal(run(), found)
 
 
+def first_and_second(y: Tensor, operands: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of a sum of squares, and those of the sum of their squares."""
+    first = torch.autograd.grad(y.square().sum(), operands, create_graph=True)
+    return *first, *torch.autograd.grad(sum(gradient.square().sum() for gradient in first), operands)
+
+
 def nan_stays_in_its_rows(model: Any, rows: Sequence[Any], call: Callable[[], Tensor], name: str) -> None:
     """An adapter that holds NaN changes no bit of the outputs and gradients of the others."""
     others = [row for row, choice in enumerate(rows) if choice != name]
