@@ -25,6 +25,9 @@ class Segments:
     Example:
         >>> order = torch.tensor([2, 0, 1])
         >>> segments = peftlib.kernels.Segments((1, 2), (2.0, None), order, order.argsort())
+
+    Raises:
+        ValueError: if there are not as many scales as counts.
     """
 
     def __init__(
@@ -34,6 +37,10 @@ class Segments:
         order: Tensor | None = None,
         back: Tensor | None = None,
     ) -> None:
+        if len(counts) != len(scales):
+            raise ValueError(
+                f"Segments: {len(counts)} counts and {len(scales)} scales. Give each count a scale or None."
+            )
         self.counts, self.scales, self.order, self.back = counts, scales, order, back
         self.size = sum(counts)
         # One batched product then serves all: as many rows for each pair, and none without one.

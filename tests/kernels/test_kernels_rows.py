@@ -276,3 +276,19 @@ def test_orders_are_copied_to_a_device_once_and_not_at_all_where_nothing_needs_i
     assert (there.counts, there.scales) == (shuffled.counts, shuffled.scales)
     assert shuffled.to(order.device) is shuffled
     assert in_order.to(meta) is in_order
+    alike = Segments((1, 1), (2.0, 0.5))
+    assert alike.paired_scales(meta).device == meta
+    assert alike.scale_column(torch.empty(1, device=meta)).device == meta
+
+
+def test_another_number_of_scales_than_of_counts_is_refused():
+    with pytest.raises(ValueError, match=r"2.*1"):
+        Segments((3, 3), (1.0,))
+
+
+def test_tables_are_made_once_and_have_a_place_for_each_pair():
+    segments, cpu = Segments((3, 4, 5), (1.0, None, 2.0)), torch.device("cpu")
+    blocks = segments.blocks(2, 16, 4, cpu)
+    assert segments.blocks(2, 16, 4, cpu) is blocks
+    assert len(blocks.parts) == 2
+    assert [(adapter, last - first) for adapter, first, last, _ in blocks.table.tolist()] == [(0, 6), (1, 10), (-1, 8)]
