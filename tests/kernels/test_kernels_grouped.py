@@ -17,7 +17,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("there is no Triton here", allow_module_level=True)
 
 import peftlib
-from peftlib.kernels import Segments, dispatch, lora_linear, lora_linear_rows, philox, triton_runtime
+from peftlib.kernels import Segments, dispatch, lora_linear, lora_linear_rows, philox, serves_rows, triton_runtime
 from peftlib.kernels.grouped import lora as grouped_lora
 from peftlib.kernels.grouped import reference
 from peftlib.kernels.grouped import triton as kernels
@@ -480,6 +480,17 @@ def test_a_wrong_kernel_is_replaced_by_pytorch_with_a_warning(monkeypatch):
         found = case.run()
     exact, _ = case.exact(None)
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.mutants
+def test_where_kernels_run_dropout_acts_and_factors_may_be_in_float32():
+    x, weight = torch.randn(4, 64, device=DEVICE).bfloat16(), torch.randn(48, 64, device=DEVICE).bfloat16()
+    pair, too_high = ([torch.randn(r, 64, device=DEVICE), torch.randn(48, r, device=DEVICE)] for r in (2, 65))
+    assert serves_rows(x, weight, pair)
+    assert serves_rows(x, weight, pair, dropping=True)
+    assert not serves_rows(x, weight, [*pair, *too_high])
+    assert serves_rows(x, weight, [])
+    assert not serves_rows(x, weight, [], dropping=True)
 
 
 @pytest.mark.mutants

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftlib.kernels import Segments, lora_linear_rows
+from peftlib.kernels import Segments, lora_linear_rows, serves_rows
 from support.rows import first_and_second, same_with_gradients
 
 pytestmark = pytest.mark.mutants
@@ -79,6 +79,29 @@ class Case:
 
 cases = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 orders = pytest.mark.parametrize("shuffled", [False, True], ids=["sorted", "shuffled"])
+
+
+class Marked(Tensor):
+    """A subclass, as libraries make them for tensors that are more than their values."""
+
+
+def test_it_serves_dense_tensors_of_one_dtype_outside_of_what_gives_operations_another_meaning():
+    case = Case(SHAPES["unlike"], shuffled=False, dtype=torch.float32)
+    x, weight, factors = case.x, case.weight, case.factors
+    assert serves_rows(x, weight, factors)
+    assert serves_rows(x, weight, [])
+    assert not serves_rows(x, weight, factors, dropping=True)
+    assert not serves_rows(x.double(), weight, factors)
+    assert not serves_rows(x.double(), weight.double(), factors)
+    assert not serves_rows(x, weight, [*factors[:-1], factors[-1].half()])
+    assert not serves_rows(x.transpose(0, 1), weight, factors)
+    assert not serves_rows(x, weight, [*factors[:-1], factors[-1].detach().as_subclass(Marked)])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not serves_rows(x, weight, factors)
+    asked = []
+    torch.func.vmap(lambda x: asked.append(serves_rows(x, weight.detach(), [])) or x)(x.detach())
+    torch.func.vmap(lambda y: asked.append(serves_rows(x, weight, factors)) or y)(x.detach())
+    assert asked == [False, False]
 
 
 @cases
@@ -279,6 +302,18 @@ def test_orders_are_copied_to_a_device_once_and_not_at_all_where_nothing_needs_i
     alike = Segments((1, 1), (2.0, 0.5))
     assert alike.paired_scales(meta).device == meta
     assert alike.scale_column(torch.empty(1, device=meta)).device == meta
+
+
+@pytest.mark.parametrize("name", ["alike", "unlike"])
+def test_on_the_meta_device_results_have_their_shapes(name):
+    case = Case(SHAPES[name], shuffled=True)
+    weight, x = (operand.detach().to("meta") for operand in (case.weight, case.x))
+    factors = [factor.detach().to("meta").requires_grad_() for factor in case.factors]
+    pairs = list(zip(factors[::2], factors[1::2], strict=True))
+    y = lora_linear_rows(x, weight, None, pairs, case.segments)
+    y.sum().backward()
+    assert (y.device.type, y.shape) == ("meta", (*x.shape[:-1], OUT))
+    assert [factor.grad.shape for factor in factors] == [factor.shape for factor in factors]
 
 
 def test_another_number_of_scales_than_of_counts_is_refused():
