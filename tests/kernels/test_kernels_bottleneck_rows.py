@@ -13,7 +13,7 @@ pytestmark = pytest.mark.mutants
 
 BLOCKS, ROWS, IN, WIDTH, OUT = 3, 4, 5, 2, 5
 ACTIVATIONS = ["relu", "gelu", "gelu_tanh", "silu", "tanh", "identity"]
-SCALES = {"one": (1.0, 1.0, 1.0), "others": (0.3, 1.0, 2.7)}
+SCALES = {"one": (1.0, 1.0, 1.0), "two": (2.0, 2.0, 2.0), "others": (0.3, 1.0, 2.7)}
 
 
 class Case:

@@ -457,6 +457,7 @@ class Seen(TorchDispatchMode):
 
 def test_a_step_waits_for_nothing_and_casts_all_factors_in_one_pass():
     case = Routed(torch.bfloat16, torch.float32)
+    case.weight.requires_grad_(False)
 
     def step() -> None:
         y = case.run()
@@ -468,6 +469,7 @@ def test_a_step_waits_for_nothing_and_casts_all_factors_in_one_pass():
     assert "aten::_local_scalar_dense" not in seen.names
     assert seen.names.count("aten::_foreach_copy_") == 1
     assert "aten::index_select" not in seen.names, "rows stay where they are"
+    assert "aten::mm" not in seen.names, "a frozen layer has no gradient computed"
 
 
 def test_a_wrong_kernel_is_replaced_by_pytorch_with_a_warning(monkeypatch):
@@ -488,6 +490,7 @@ def test_where_kernels_run_dropout_acts_and_factors_may_be_in_float32():
     pair, too_high = ([torch.randn(r, 64, device=DEVICE), torch.randn(48, r, device=DEVICE)] for r in (2, 65))
     assert serves_rows(x, weight, pair)
     assert serves_rows(x, weight, pair, dropping=True)
+    assert not serves_rows(x, weight.float(), pair)
     assert not serves_rows(x, weight, [*pair, *too_high])
     assert serves_rows(x, weight, [])
     assert not serves_rows(x, weight, [], dropping=True)

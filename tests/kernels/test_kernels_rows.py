@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftlib.kernels import Segments, lora_linear_rows, serves_rows
 from support.rows import first_and_second, same_with_gradients
@@ -33,7 +34,8 @@ class Case:
         shape: list[tuple[int, int]],
         shuffled: bool,
         share: tuple[int, ...] = (3,),
-        one_scale: bool = False,
+        scale: float | None = None,
+        dropped: bool = False,
         dtype: torch.dtype = torch.float64,
     ):
         rows = sum(count for count, _ in shape)
@@ -44,12 +46,16 @@ class Case:
             torch.randn(size, dtype=dtype, requires_grad=True)
             for _, rank in shape if rank for size in ((rank, IN), (OUT, rank))
         ]  # fmt: skip
-        scales = tuple((0.5 if one_scale else 0.5 + i) if rank else None for i, (_, rank) in enumerate(shape))
+        scales = tuple((scale or 0.5 + i) if rank else None for i, (_, rank) in enumerate(shape))
         order = torch.randperm(rows) if shuffled else None
         self.segments = Segments(
             tuple(count for count, _ in shape), scales, order, None if order is None else order.argsort()
         )
         self.shape = shape
+        of_row = torch.randn(rows, *share, IN, dtype=dtype) * (torch.rand(rows, *share, IN) > 0.3)
+        self.multiplier = of_row if dropped else torch.ones_like(of_row)
+        in_order = self.multiplier if order is None else self.multiplier[order]
+        self.keep = in_order.reshape(-1, IN) if dropped else None
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -60,10 +66,10 @@ class Case:
         return [self.x, self.weight, self.bias, *self.factors]
 
     def run(self) -> Tensor:
-        return lora_linear_rows(self.x, self.weight, self.bias, self.pairs, self.segments)
+        return lora_linear_rows(self.x, self.weight, self.bias, self.pairs, self.segments, keep=self.keep)
 
     def by_row(self) -> Tensor:
-        """Row after row: W x + b, and s B A x where the row has a pair."""
+        """Row after row: W x + b, and s B A x where the row has a pair, x there as it was dropped from."""
         order = range(len(self.x)) if self.segments.order is None else self.segments.order.tolist()
         y: list[Any] = [None] * len(self.x)
         pairs, at = iter(self.pairs), iter(order)
@@ -73,12 +79,13 @@ class Case:
                 row = next(at)
                 y[row] = self.x[row] @ self.weight.T + self.bias
                 if A is not None and B is not None and scale is not None:
-                    y[row] = y[row] + scale * (self.x[row] @ A.T @ B.T)
+                    y[row] = y[row] + scale * (self.x[row] * self.multiplier[row] @ A.T @ B.T)
         return torch.stack(y)
 
 
 cases = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 orders = pytest.mark.parametrize("shuffled", [False, True], ids=["sorted", "shuffled"])
+dropping = pytest.mark.parametrize("dropped", [False, True], ids=["all", "dropped"])
 
 
 class Marked(Tensor):
@@ -90,6 +97,7 @@ def test_it_serves_dense_tensors_of_one_dtype_outside_of_what_gives_operations_a
     x, weight, factors = case.x, case.weight, case.factors
     assert serves_rows(x, weight, factors)
     assert serves_rows(x, weight, [])
+    assert serves_rows(x, weight, [torch.nn.Parameter(factor) for factor in factors])
     assert not serves_rows(x, weight, factors, dropping=True)
     assert not serves_rows(x.double(), weight, factors)
     assert not serves_rows(x.double(), weight.double(), factors)
@@ -106,16 +114,25 @@ def test_it_serves_dense_tensors_of_one_dtype_outside_of_what_gives_operations_a
 
 @cases
 @orders
+@dropping
 @pytest.mark.parametrize("share", [(), (3,), (2, 2)], ids=str)
-def test_each_row_gives_what_its_own_pair_gives(shape, shuffled, share):
-    case = Case(shape, shuffled, share)
+def test_each_row_gives_what_its_own_pair_gives(shape, shuffled, share, dropped):
+    case = Case(shape, shuffled, share, dropped=dropped)
+    same_with_gradients(case.run, case.by_row(), case.operands)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("name", ["alike", "unlike"])
+def test_one_scale_for_all(name, scale):
+    case = Case(SHAPES[name], shuffled=True, scale=scale)
     same_with_gradients(case.run, case.by_row(), case.operands)
 
 
 @cases
-def test_only_what_needs_a_gradient_gets_one(shape):
+@dropping
+def test_only_what_needs_a_gradient_gets_one(shape, dropped):
     for needed in range(3 + 2 * sum(rank > 0 for _, rank in shape)):
-        case = Case(shape, shuffled=True)
+        case = Case(shape, shuffled=True, dropped=dropped)
         expected = torch.autograd.grad(case.by_row().square().sum(), case.operands)[needed]
         for at, operand in enumerate(case.operands):
             operand.requires_grad_(at == needed)
@@ -124,20 +141,39 @@ def test_only_what_needs_a_gradient_gets_one(shape):
         torch.testing.assert_close(case.operands[needed].grad, expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["alike, other ranks", "the base too"])
+class Products(TorchDispatchMode):
+    """The shapes of the products of matrices that were computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        self.shapes += [tuple(result.shape)] if "mm" in func.name() else []
+        return result
+
+
+@pytest.mark.parametrize("name", ["alike", "unlike"])
+def test_what_is_frozen_has_no_gradient_computed(name):
+    for frozen, shape in ((0, (6 * 7, IN)), (1, (OUT, IN))):
+        case = Case(SHAPES[name], shuffled=False, share=(7,))
+        for needed in (True, False):
+            case.operands[frozen].requires_grad_(needed)
+            y = case.run()
+            with Products() as products:
+                y.sum().backward()
+            assert (shape in products.shapes) == needed
+
+
+@cases
 @orders
-def test_gradients_of_gradients(name, shuffled):
-    case = Case(SHAPES[name], shuffled, (2,))
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
-        pairs = list(zip(factors[::2], factors[1::2], strict=True))
-        return lora_linear_rows(x, weight, bias, pairs, case.segments).square()
-
-    assert torch.autograd.gradgradcheck(run, case.operands)
-    plain = torch.autograd.grad(run(*case.operands).sum(), case.operands)
-    kept = torch.autograd.grad(run(*case.operands).sum(), case.operands, create_graph=True)
-    for one, other in zip(kept, plain, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+@dropping
+def test_gradients_of_gradients(shape, shuffled, dropped):
+    case = Case(shape, shuffled, (2,), dropped=dropped)
+    found, expected = (first_and_second(y, case.operands) for y in (case.run(), case.by_row()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["alike, other ranks", "the base too", "the base alone"])
@@ -212,41 +248,6 @@ def test_a_pair_that_is_not_finite_changes_no_bit_elsewhere(name):
 
 @cases
 @orders
-def test_what_each_element_is_multiplied_by_acts_on_the_way_to_A_alone(shape, shuffled):
-    """As dropout does: some are zero."""
-    case = Case(shape, shuffled)
-    tokens = case.x.numel() // IN
-    keep = torch.randn(tokens, IN, dtype=torch.float64) * (torch.rand(tokens, IN) > 0.3)
-    place = range(len(case.x)) if case.segments.order is None else case.segments.order.tolist()
-    of_row = dict(zip(place, keep.view(len(case.x), -1, IN), strict=True))
-    multiplier = torch.stack([of_row[row] for row in range(len(case.x))])
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor, *factors: Tensor) -> Tensor:
-        pairs = list(zip(factors[::2], factors[1::2], strict=True))
-        return lora_linear_rows(x, weight, bias, pairs, case.segments, keep=keep)
-
-    found = run(*case.operands)
-    base, weight = case.x @ case.weight.T + case.bias, case.weight.detach().clone()
-    case.x.data, own = case.x.data * multiplier, case.x.data
-    term = case.by_row() - (case.x @ case.weight.T + case.bias)
-    torch.testing.assert_close(found, base + term, rtol=0, atol=1e-12)
-    case.x.data = own
-    given = torch.randn_like(found)
-    factors = case.operands[3:]
-    gradients = torch.autograd.grad(found, case.operands, given)
-    case.x.data, case.weight.data = own * multiplier, case.weight.data * 0
-    expected = torch.autograd.grad(case.by_row(), [case.x, case.bias, *factors], given)
-    case.x.data = own
-    torch.testing.assert_close(gradients[0], expected[0] * multiplier + given @ weight, rtol=0, atol=1e-12)
-    torch.testing.assert_close(gradients[1], given.flatten(0, -2).T @ own.flatten(0, -2), rtol=0, atol=1e-12)
-    for one, other in zip(gradients[2:], expected[1:], strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
-    if len(shape) == 3 and not shuffled:
-        assert torch.autograd.gradgradcheck(lambda *operands: run(*operands).square(), case.operands)
-
-
-@cases
-@orders
 def test_backward_under_autocast_and_of_a_gradient_that_lies_apart_is_the_same(shape, shuffled):
     case = Case(shape, shuffled, dtype=torch.float32)
     found = case.run()
@@ -269,9 +270,10 @@ def test_a_scale_is_not_rounded_to_the_dtype_of_the_rows(counts):
     assert torch.equal(y, torch.cat(expected))
 
 
-def test_gradients_are_laid_out_as_what_they_are_added_to():
+@pytest.mark.parametrize("name", ["alike", "alike, other ranks"])
+def test_gradients_are_laid_out_as_what_they_are_added_to(name):
     """Else autograd copies each of them."""
-    case = Case(SHAPES["alike"], shuffled=True)
+    case = Case(SHAPES[name], shuffled=True)
     gradients = torch.autograd.grad(case.run().sum(), case.factors)
     assert [gradient.stride() for gradient in gradients] == [factor.stride() for factor in case.factors]
 
