@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftlib.kernels import Segments, lora_linear_rows, serves_rows
-from support.rows import first_and_second, same_with_gradients
+from support.rows import batched_as_one_by_one, first_and_second, same_with_gradients
 
 pytestmark = pytest.mark.mutants
 
@@ -193,12 +193,7 @@ def test_gradients_of_gradients_where_only_some_learn(name, needed):
 @pytest.mark.parametrize("name", ["alike, other ranks", "the base too"])
 def test_gradients_of_several_outputs_at_once_are_those_of_each(name):
     case = Case(SHAPES[name], shuffled=True)
-    y = case.run()
-    given = torch.randn(3, *y.shape, dtype=y.dtype)
-    together = torch.autograd.grad(y, case.operands, given, is_grads_batched=True, retain_graph=True)
-    alone = [torch.autograd.grad(y, case.operands, each, retain_graph=True) for each in given]
-    for one, others in zip(together, zip(*alone, strict=True), strict=True):
-        torch.testing.assert_close(one, torch.stack(others), rtol=0, atol=1e-12)
+    batched_as_one_by_one(case.run(), case.operands)
 
 
 @pytest.mark.parametrize("needed", [(4,), (0, 4)], ids=["B", "x and B"])

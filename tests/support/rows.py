@@ -29,6 +29,15 @@ def first_and_second(y: Tensor, operands: Sequence[Tensor]) -> tuple[Tensor, ...
     return *first, *torch.autograd.grad(sum(gradient.square().sum() for gradient in first), operands)
 
 
+def batched_as_one_by_one(y: Tensor, operands: Sequence[Tensor]) -> None:
+    """The gradients of several outputs, by one call, are those of each by itself."""
+    given = torch.randn(3, *y.shape, dtype=y.dtype)
+    together = torch.autograd.grad(y, operands, given, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(y, operands, each, retain_graph=True) for each in given]
+    for one, others in zip(together, zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(one, torch.stack(others), rtol=0, atol=1e-12)
+
+
 def nan_stays_in_its_rows(model: Any, rows: Sequence[Any], call: Callable[[], Tensor], name: str) -> None:
     """An adapter that holds NaN changes no bit of the outputs and gradients of the others."""
     others = [row for row, choice in enumerate(rows) if choice != name]
