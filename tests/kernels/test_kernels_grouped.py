@@ -27,6 +27,8 @@ from support.rows import first_and_second
 from tools.triton.mutants import mutant
 from tools.triton.traffic import counted
 
+pytestmark = pytest.mark.mutants
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_CPU = pytest.mark.skipif(DEVICE.type != "cpu", reason="looks into the interpreter")
 DTYPES = (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow))
@@ -166,6 +168,14 @@ def test_the_tables_cover_each_row_once_and_count_an_adapter_s_own_rows():
     for adapter, (first, last) in enumerate(blocks.parts.tolist()):
         assert {items[at][0] for at in range(first, last)} <= {adapter}
     assert sum(last - first for first, last in blocks.parts.tolist()) == blocks.adapted
+
+
+def test_sums_are_dealt_out_by_how_many_blocks_an_adapter_has():
+    blocks = blocks_of([(0, 96), (1, 32), (-1, 64)], 2, 16, 6, DEVICE)
+    assert blocks.items.tolist() == [[0, 0, 2], [0, 2, 4], [0, 4, 6], [1, 6, 8], [-1, 8, 10], [-1, 10, 12]]
+    assert blocks.parts.tolist() == [[0, 3], [3, 4]]
+    assert (blocks.adapted, blocks.rows) == (4, 16)
+    assert {blocks.table.dtype, blocks.items.dtype, blocks.parts.dtype} == {torch.int32}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -333,7 +343,6 @@ class Routed:
         return torch.stack(y), operands
 
 
-@pytest.mark.mutants
 @pytest.mark.parametrize(
     ("dropouts", "dtypes"),
     [
@@ -357,28 +366,26 @@ def test_rows_of_many_pairs_run_on_the_kernels(dropouts, dtypes, monkeypatch):
         assert (one - other).abs().max() <= 5 * max(torch.finfo(dtypes[0]).eps, 2e-6) * other.abs().max()
     assert {f"{op.rstrip('_')}_kernel" for op in OPS} <= launched
     assert [gradient.dtype for gradient in gradients[3:]] == [dtypes[1]] * 8
+    assert [gradient.stride() for gradient in gradients] == [operand.stride() for operand in case.operands]
     if dtypes[0] != dtypes[1]:
         assert all((gradient != gradient.to(dtypes[0])).any() for gradient in gradients[3:]), "rounded as x is"
     with torch.no_grad():
         assert torch.equal(case.run(dropouts), found)
 
 
-@pytest.mark.mutants
 @pytest.mark.parametrize("dropouts", [pytest.param(None, marks=pytest.mark.slow), DROPPED], ids=["all", "dropout"])
-def test_only_what_needs_a_gradient_gets_one(dropouts):
+@pytest.mark.parametrize("needed", [0, 1, 2, 5, 6], ids=["x", "weight", "bias", "an A", "a B"])
+def test_only_what_needs_a_gradient_gets_one(needed, dropouts):
     case = Routed()
     exact, operands = case.exact(dropouts)
-    for needed in (0, 1, 2, 5, 6):  # of the pairs the A of one and the B of one
-        for at, operand in enumerate(case.operands):
-            operand.requires_grad_(at == needed)
-            operand.grad = None
-        case.run(dropouts).square().sum().backward()
-        assert [at for at, operand in enumerate(case.operands) if operand.grad is not None] == [needed]
-        (right,) = torch.autograd.grad(exact.square().sum(), operands[needed], retain_graph=True)
-        assert (case.operands[needed].grad - right).abs().max() <= 1e-5 * right.abs().max()
+    for at, operand in enumerate(case.operands):
+        operand.requires_grad_(at == needed)
+    case.run(dropouts).square().sum().backward()
+    assert [at for at, operand in enumerate(case.operands) if operand.grad is not None] == [needed]
+    (right,) = torch.autograd.grad(exact.square().sum(), operands[needed])
+    assert (case.operands[needed].grad - right).abs().max() <= 1e-5 * right.abs().max()
 
 
-@pytest.mark.mutants
 @pytest.mark.parametrize(
     ("needed", "dropouts"),
     [(range(11), DROPPED), ((0,), None), ((1,), DROPPED), ((2,), None), ((3, 4), DROPPED)],
@@ -395,7 +402,6 @@ def test_a_second_derivative_is_right_whatever_learns(needed, dropouts):
         assert (one - other).abs().max() <= 1e-4 * other.abs().max()
 
 
-@pytest.mark.mutants
 def test_a_second_derivative_of_B_alone_is_refused():
     case = Routed()
     for at, operand in enumerate(case.operands):
@@ -484,7 +490,6 @@ def test_a_wrong_kernel_is_replaced_by_pytorch_with_a_warning(monkeypatch):
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.mutants
 def test_where_kernels_run_dropout_acts_and_factors_may_be_in_float32():
     x, weight = torch.randn(4, 64, device=DEVICE).bfloat16(), torch.randn(48, 64, device=DEVICE).bfloat16()
     pair, too_high = ([torch.randn(r, 64, device=DEVICE), torch.randn(48, r, device=DEVICE)] for r in (2, 65))
@@ -496,13 +501,22 @@ def test_where_kernels_run_dropout_acts_and_factors_may_be_in_float32():
     assert not serves_rows(x, weight, [], dropping=True)
 
 
-@pytest.mark.mutants
 def test_rows_of_no_adapter_alone_are_the_layer_s():
     x, weight = torch.randn(3, 20, 64, device=DEVICE, requires_grad=True), torch.randn(48, 64, device=DEVICE)
     found = lora_linear_rows(x, weight, None, [], Segments((3,), (None,)))
     assert torch.equal(found, nn.functional.linear(x, weight))
     found.sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x))
+
+
+def test_ranks_of_two_sizes_are_filled_with_zeros():
+    x, weight = torch.randn(20, 64, device=DEVICE), torch.randn(48, 64, device=DEVICE)
+    pairs = [(torch.randn(r, 64, device=DEVICE), torch.randn(48, r, device=DEVICE)) for r in (3, 8)]
+    found = lora_linear_rows(x, weight, None, pairs, Segments((12, 8), (0.5, 2.0)))
+    exact = x.double() @ weight.double().t()
+    for rows, (A, B), scale in ((slice(0, 12), pairs[0], 0.5), (slice(12, 20), pairs[1], 2.0)):
+        exact[rows] += scale * (x[rows].double() @ A.double().t() @ B.double().t())
+    assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 def test_one_adapter_s_rows_are_what_lora_linear_gives():
