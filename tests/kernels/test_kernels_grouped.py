@@ -188,6 +188,15 @@ def test_ops_and_their_reference_equal_float64(op, dropout, dtype):
         assert_right(op, run(reference, op, args), args)
 
 
+@pytest.mark.parametrize("module", [kernels, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("op", ["grouped_backward_y", "grouped_backward_x"])
+def test_gradients_of_factors_are_rounded_to_the_dtype_asked_for_alone(op, module):
+    args = arguments(op, torch.bfloat16)
+    found = getattr(module, op)(*args, dtype=torch.float32)
+    assert [each.dtype for each in found] == [torch.bfloat16, torch.float32]
+    assert_right(op, found, args)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_batch_of_one_adapter_and_sums_of_one_part(op):
     runs = [(2, 16)]
