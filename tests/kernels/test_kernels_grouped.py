@@ -18,11 +18,11 @@ if importlib.util.find_spec("triton") is None:
 
 import peftlib
 from peftlib.kernels import Segments, dispatch, lora_linear, lora_linear_rows, philox, serves_rows, triton_runtime
-from peftlib.kernels.grouped import lora as grouped_lora
 from peftlib.kernels.grouped import reference
 from peftlib.kernels.grouped import triton as kernels
 from peftlib.kernels.grouped.blocks import blocks_of
 from peftlib.kernels.grouped.reference import Masks
+from peftlib.kernels.lora import rows as lora_rows
 from support.rows import first_and_second
 from tools.triton.mutants import mutant
 from tools.triton.traffic import counted
@@ -491,12 +491,28 @@ def test_a_wrong_kernel_is_replaced_by_pytorch_with_a_warning(monkeypatch):
     monkeypatch.setattr(dispatch, "_trusted", {})
     right = kernels.grouped_backward_x
     monkeypatch.setattr(kernels, "grouped_backward_x", lambda *a, **o: tuple(r * 1.01 for r in right(*a, **o)))
-    monkeypatch.setattr(grouped_lora, "lora_linear_grouped", lambda *_: pytest.fail("it ran all the same"))
+    monkeypatch.setattr(lora_rows, "lora_linear_grouped", lambda *_: pytest.fail("it ran all the same"))
     case = Routed()
     with pytest.warns(UserWarning, match="grouped_backward_x for torch.float32 .* PyTorch is used in its place"):
         found = case.run()
     exact, _ = case.exact(None)
     torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_a_kernel_that_is_wrong_with_dropout_alone_serves_without(monkeypatch):
+    monkeypatch.setattr(dispatch, "_trusted", {})
+    ran, grouped, right = [], lora_rows.lora_linear_grouped, kernels.grouped_shrink
+
+    def wrong(x: Tensor, A: Tensor, scales: Tensor, blocks: Any, masks: Masks | None = None, **more: Any) -> Tensor:
+        return right(x, A, scales, blocks, masks, **more) * (1.0 if masks is None else 1.01)
+
+    monkeypatch.setattr(kernels, "grouped_shrink", wrong)
+    monkeypatch.setattr(lora_rows, "lora_linear_grouped", lambda *given: ran.append(given) or grouped(*given))
+    case = Routed()
+    with pytest.warns(UserWarning, match="grouped_shrink"):
+        assert not serves_rows(case.x, case.weight, case.operands[3:], dropping=True)
+    case.run()
+    assert len(ran) == 1
 
 
 def test_where_kernels_run_dropout_acts_and_factors_may_be_in_float32():
