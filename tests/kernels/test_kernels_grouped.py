@@ -23,6 +23,7 @@ from peftlib.kernels.grouped import triton as kernels
 from peftlib.kernels.grouped.blocks import blocks_of
 from peftlib.kernels.grouped.reference import Masks
 from peftlib.kernels.lora import rows as lora_rows
+from peftlib.kernels.tiles import Tile
 from support.rows import first_and_second
 from tools.triton.mutants import mutant
 from tools.triton.traffic import counted
@@ -204,9 +205,30 @@ def test_a_batch_of_one_adapter_and_sums_of_one_part(op):
     assert_right(op, run(kernels, op, args), args, runs)
 
 
+@pytest.mark.parametrize(("columns", "dropout"), [(128, False), (256, True)])
+def test_sums_over_columns_may_be_split(columns, dropout):
+    args, launched, launch = arguments("grouped_shrink", torch.bfloat16, dropout), [], kernels.launch
+    tile = Tile(16, columns, 4, 1, splits=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "launch", lambda *a, **o: launched.append((a[1], o["tile"])) or launch(*a, **o))
+        found = kernels.grouped_shrink(*args, tile=tile)
+    assert launched == [((len(args[3].table), 2), tile)]
+    assert_right("grouped_shrink", found, args)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_tile_that_is_given_is_the_one_that_runs(op, monkeypatch):
+    args, launched, launch = arguments(op, torch.float32), [], kernels.launch
+    monkeypatch.setattr(kernels, "launch", lambda *a, **o: launched.append(o["tile"]) or launch(*a, **o))
+    tile = Tile(16, 256, 8, 1)
+    assert_right(op, getattr(kernels, op)(args[0].clone(), *args[1:], tile=tile), args)
+    assert launched[0] == tile
+
+
 def test_rows_of_no_adapter_keep_their_bits():
     args = arguments("grouped_expand_", torch.bfloat16)
     bare = torch.tensor(of_rows(RUNS), device=DEVICE) < 0
+    args[1][bare] = math.nan
     assert torch.equal(run(kernels, "grouped_expand_", args)[bare], args[0][bare])
 
 
@@ -243,6 +265,20 @@ def test_no_program_strays_or_races(op, dropout):
     args = arguments(op, torch.float32, dropout)
     with counted():
         run(kernels, op, args)
+
+
+@ON_CPU
+@dropping
+@pytest.mark.parametrize("op", OPS)
+def test_rows_of_no_adapter_read_neither_rows_nor_factors(op, dropout):
+    loaded = []
+    for runs in ([(2, 16)], [(2, 16), (-1, 20)]):
+        args = arguments(op, torch.float32, dropout, runs)
+        with counted() as traffic:
+            getattr(kernels, op)(*args)
+        wide = [arg for arg in args if isinstance(arg, Tensor) and arg.dim() > 1]
+        loaded.append([traffic.of(tensor).loaded for tensor in wide])
+    assert loaded[0] == loaded[1]
 
 
 def pass_over(adapters: int) -> tuple[int, int, int]:
