@@ -16,7 +16,7 @@ help:
 	@echo '                TESTS=... writes the sections of those tests alone'
 	@echo 'make field      docs/field.md: every law on every architecture of transformers and timm; an hour, and it resumes'
 	@echo 'make coverage   the suite, and the lines and branches that it misses; fails under 97 %'
-	@echo 'make mutate     mutants of the sources, one by one, that no test notices; most of an hour'
+	@echo 'make mutate     mutants of the sources, one by one, that no test notices; an hour'
 	@echo 'make lint       ruff, pyright, pydoclint'
 	@echo 'make bench      speed and memory beside other libraries; needs a quiet machine'
 	@echo 'make tables     accuracy and forgetting of each adapter type on two tasks; twenty minutes on one idle core, and it resumes'
@@ -53,7 +53,9 @@ coverage: .venv/.with-test .venv/.with-docs
 mutate: .venv/.with-test
 	PYTHONPATH=tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tools.mutate --complete \
 	  peftlib/_core/merge.py peftlib/_core/host.py peftlib/files/save_load.py peftlib/kinds/lora.py \
-	  kernels/lora/linear.py kernels/lora/autograd.py kernels/lora/small.py
+	  kernels/lora/linear.py kernels/lora/autograd.py kernels/lora/small.py \
+	  kernels/lora/rows.py kernels/lora/segments.py kernels/bottleneck/rows.py \
+	  kernels/grouped/lora.py kernels/grouped/blocks.py kernels/grouped/reference.py
 
 lint: .venv/.with-lint .venv/.with-test .venv/.with-demo .venv/.with-docs
 	$(BIN)/ruff check .
