@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .foreign import keeps_statistics
 from .host import BUFFERS, Selection, attach, is_host
 from .merge import base_weight
+from .swap import brought_along
 from .walk import all_hosts, base_modules, candidates, selections_of
 
 _FROZEN = "_peftlib_frozen"
@@ -95,7 +96,7 @@ def _put_back(buffers: dict[str, Any], leaf: str, own: Tensor, kept: Tensor) -> 
     if found is own and found.shape == kept.shape:
         found.copy_(kept)
     else:
-        buffers[leaf] = kept.to(found)
+        buffers[leaf] = brought_along(kept, found)
 
 
 def _moved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, Tensor]]:

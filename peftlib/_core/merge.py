@@ -3,6 +3,7 @@
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .lost import require_all_there
 from .merged_weights import Folded, folded_by_host
 from .progress import Progress, reported
 from .sharded import settle
-from .swap import can_swap, give, hold, trade
+from .swap import brought_along, can_swap, give, hold, trade
 from .walk import (
     adapters,
     all_hosts,
@@ -30,6 +31,7 @@ from .walk import (
 from .weights import Choice, Weights, chosen
 
 _BACKUP = "_peftlib_backup"
+_MERGED = "_peftlib_merged"  # of a buffer: the tensor that was merged into, and what takes its place at unmerge
 
 
 def merge(model: nn.Module, *names: Choice, backup: str = "device", progress: Progress | None = None) -> None:
@@ -76,6 +78,8 @@ def merge(model: nn.Module, *names: Choice, backup: str = "device", progress: Pr
         raise
     for owner, leaf, kept in written:
         owner.__dict__.setdefault(_BACKUP, {})[leaf] = kept
+        if leaf in owner._buffers:
+            owner.__dict__.setdefault(_MERGED, {})[leaf] = (owner._buffers[leaf],) * 2
     selection.active_before_merge, selection.weights_before_merge = selection.active, selection.weights
     selection.merged, selection.weights, selection.active = folded, weights, ()
 
@@ -124,9 +128,21 @@ def unmerge(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _exchange(owner: nn.Module, leaf: str) -> None:
-    """A weight and its copy trade values, so that a failure further on can trade back."""
+    """A weight and its copy trade values, so that a failure further on can trade back.
+
+    A model may have assigned another tensor to a buffer meanwhile, its input for one, which is the caller's: that is
+    let go, and the one that was merged into takes its place again."""
     kept = owner.__dict__[_BACKUP]
-    kept[leaf] = trade(getattr(owner, leaf), kept[leaf], kept[leaf].device)
+    if leaf not in owner._buffers:
+        kept[leaf] = trade(getattr(owner, leaf), kept[leaf], kept[leaf].device)
+        return
+    merged, next_there = owner.__dict__[_MERGED][leaf]
+    found: Any = owner._buffers[leaf]
+    if found is not None and found is not merged and next_there is merged:
+        merged = next_there = brought_along(merged, found)
+    kept[leaf] = trade(merged, kept[leaf], kept[leaf].device)
+    owner.__dict__[_MERGED][leaf] = merged, found
+    owner._buffers[leaf] = next_there
 
 
 def base_weight(owner: nn.Module, leaf: str) -> Tensor:
@@ -138,6 +154,7 @@ def forget_backups(model: nn.Module) -> None:
     """Makes a merge final. The walk is over before the first copy goes: all of them go, or none."""
     for owner in base_modules(model):
         owner.__dict__.pop(_BACKUP, None)
+        owner.__dict__.pop(_MERGED, None)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,12 @@ def give(weight: Tensor, other: Tensor, by_swap: bool) -> None:
         weight.copy_(other)
 
 
+def brought_along(tensor: Tensor, found: Tensor) -> Tensor:
+    """A tensor for the place where this one is found: the model may have moved, and have another precision by now."""
+    both_real = tensor.is_floating_point() and found.is_floating_point()
+    return tensor.to(found.device, found.dtype if both_real else tensor.dtype)
+
+
 def can_swap(weight: Tensor, other: Tensor) -> bool:
     return is_lone(weight, other) and _is_ordinary(other) and not other.is_shared()
 

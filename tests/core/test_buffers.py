@@ -1,5 +1,6 @@
 """Buffers of the base stand still while adapters are in, or are named: statistics, power iterations, codebooks."""
 
+import contextlib
 import copy
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrizations
 
 import peftlib
 from peftlib import AdapterError, Bottleneck, DoRA, Full, LoRA
+from support.faults import Fault, Steps, steps_of
 from support.helpers import bits
 from support.refusals import refused
 
@@ -213,6 +215,58 @@ def test_eject_leaves_alone_what_the_model_put_in_the_place_of_a_buffer(rows):
     peftlib.eject(model)
     assert torch.equal(x, torch.ones(rows, 4))
     assert buffers(model) == before
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_unmerge_leaves_alone_what_the_model_put_in_the_place_of_a_merged_buffer(rows):
+    model = Remembering()
+    own, before = dict(model.named_buffers()), buffers(model)
+    peftlib.inject(model, lambda name, module: name == "", Full)
+    x = torch.ones(rows, 4)
+    with peftlib.merged(model):
+        model(x)
+        assert model.last is x
+    assert torch.equal(x, torch.ones(rows, 4))
+    assert buffers(model) == before
+    assert all(model.get_buffer(name) is buffer for name, buffer in own.items())
+
+
+def merged_and_called() -> Any:
+    model = Remembering()
+    peftlib.inject(model, lambda name, module: name == "", Full)
+    peftlib.merge(model)
+    model(torch.ones(2, 4))
+    return model
+
+
+def test_unmerge_fails_at_each_step_and_leaves_what_the_model_assigned():
+    torch.manual_seed(0)
+    original = buffers(Remembering())
+    numbers = steps_of(merged_and_called, peftlib.unmerge)
+    for number in numbers:
+        model = merged_and_called()
+        assigned, before = dict(model.named_buffers()), buffers(model)
+        with Steps(number) as steps, contextlib.suppress(Fault):
+            peftlib.unmerge(model)
+        assert steps.struck
+        assert all(model.get_buffer(name) is buffer for name, buffer in assigned.items())
+        assert buffers(model) == before
+        peftlib.unmerge(model)
+        assert buffers(model) == original
+    assert len(numbers) >= 10
+
+
+def test_buffers_of_a_model_that_changes_its_dtype_while_merged_come_back_in_that_dtype():
+    model = Remembering()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    peftlib.inject(model, lambda name, module: name == "", Full)
+    model(torch.ones(2, 4))
+    with peftlib.merged(model):
+        model.double()
+        model(torch.ones(2, 4).double())
+    assert model.steps.dtype == torch.int64
+    assert model.mean.dtype == model.last.dtype == torch.float64
+    assert all(torch.equal(model.get_buffer(name).to(was.dtype), was) for name, was in before.items())
 
 
 def test_an_unfrozen_base_moves_its_statistics():
