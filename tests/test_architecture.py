@@ -67,7 +67,7 @@ FILES = {
         "dora",
     ],
     "kinds.prefix": ["_context _heads", "_flex _multihead", "_transformers _torch_attention", "_rows", "prefix"],
-    "files": ["header untrusted", "container fingerprint", "rebuild", "save_load parts"],
+    "files": ["header untrusted", "container copies fingerprint", "rebuild", "save_load parts"],
     "planning": ["forecast", "plan"],
     "training": [
         "schedules layer_groups regularizers distillation monitoring contents row_batches placement",

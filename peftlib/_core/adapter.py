@@ -201,10 +201,26 @@ class Adapter(nn.Module):
 
     def file_keys(self) -> dict[str, str]:
         """The key of each tensor in a file, after the host's name, and its key in `state_dict()`."""
-        return {key: key for key in self.state_dict()}
+        return {key: key for key in state_of(self)}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value!r}" for key, value in getattr(self, "config", {}).items())
+
+
+def state_of(adapter: nn.Module) -> dict[str, Any]:
+    """`state_dict(keep_vars=True)`; a load asks five times for that of each adapter. Of one module that has nothing but
+    tensors to say it takes 0.6 µs, there 1.6."""
+    own: Any = adapter.__dict__
+    if own["_modules"] or own["_state_dict_hooks"] or own["_state_dict_pre_hooks"] or _says_more(type(adapter)):
+        return adapter.state_dict(keep_vars=True)
+    kept = {leaf: buffer for leaf, buffer in own["_buffers"].items() if leaf not in own["_non_persistent_buffers_set"]}
+    return {leaf: tensor for leaf, tensor in (own["_parameters"] | kept).items() if tensor is not None}
+
+
+@functools.cache
+def _says_more(cls: type[nn.Module]) -> bool:
+    methods = ("state_dict", "_save_to_state_dict", "get_extra_state")
+    return any(getattr(cls, name) is not getattr(nn.Module, name) for name in methods)
 
 
 def require_same_config(one: Adapter, other: Adapter, *free: str) -> None:

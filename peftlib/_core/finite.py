@@ -5,7 +5,7 @@ import cmath
 import torch
 from torch import Tensor, nn
 
-_SUMMED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+SUMMED = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -13,6 +13,6 @@ def is_finite(tensor: Tensor) -> bool:
     be too large itself. (256x256: 2.4 µs, the smallest and the largest 10, `isfinite().all()` 770.)"""
     if not tensor.is_floating_point() and not tensor.is_complex():
         return True
-    values = tensor.detach() if tensor.dtype in _SUMMED else tensor.detach().float()
+    values = tensor.detach() if tensor.dtype in SUMMED else tensor.detach().float()
     plain = type(tensor) in (Tensor, nn.Parameter)
     return (plain and cmath.isfinite(values.sum().item())) or bool(values.isfinite().all())

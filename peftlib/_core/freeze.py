@@ -100,7 +100,8 @@ def _put_back(buffers: dict[str, Any], leaf: str, own: Tensor, kept: Tensor) -> 
 
 
 def _moved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor, Tensor]]:
-    for name, module in candidates(model):
+    remembered = any(module.__dict__.get(BUFFERS) for module in base_modules(model))
+    for name, module in candidates(model) if remembered else ():
         for leaf, (own, kept) in module.__dict__.get(BUFFERS, {}).items():
             buffer = module._buffers.get(leaf)
             if buffer is None or buffer.is_meta:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._errors import AdapterError
 from .adapter import Adapter
 from .host import Adapters, Selection, adapters_of, is_host, parts
+from .sharded import every_module
 
 
 class _Child(NamedTuple):
@@ -51,17 +52,16 @@ def _way(model: Any, host_name: str) -> list[tuple[nn.Module, str, nn.Module]]:
 
 def lost(model: nn.Module) -> Iterator[str]:
     """What was replaced, and what no longer fits, a sentence each."""
-    named = _named(model)
-    for where, outer, leaf in _replaced(named):
+    modules = every_module(model)
+    replaced, resized = _replaced(modules), _resized(modules)
+    paths = _paths(model) if replaced or resized else {}
+    for outer, leaf in replaced:
+        where, now = f"{paths[id(outer)]}.{leaf}".lstrip("."), type(outer._modules[leaf]).__name__
         names = ", ".join(f'"{name}"' for name in sorted(_children[outer][leaf].names))
-        yield f"{where} was replaced by another {type(outer._modules[leaf]).__name__}, and {names} went with the first"
-    for path, host in named:
-        if not is_host(host) or not isinstance(host, nn.Embedding) or not _is_plain_table(host.weight):
-            continue
-        for adapter in parts(host):
-            if _entries.get(adapter, len(host.weight)) != len(host.weight):
-                now, then = len(host.weight), _entries[adapter]
-                yield f'{path or "the root"} has {now} entries now, and "{adapter.name}" there was made for {then}'
+        yield f"{where} was replaced by another {now}, and {names} went with the first"
+    for host, adapter in resized:
+        where, now, then = paths[id(host)] or "the root", len(host.weight), _entries[adapter]
+        yield f'{where} has {now} entries now, and "{adapter.name}" there was made for {then}'
 
 
 def require_all_there(model: nn.Module, doing: str) -> None:
@@ -74,7 +74,7 @@ def require_all_there(model: nn.Module, doing: str) -> None:
 
 def forget_lost(model: nn.Module, name: str | None = None) -> bool:
     """Gives up the adapter of this name, or all, wherever it was lost, and counts anew what is there."""
-    gone = [(outer, leaf) for _, outer, leaf in _replaced(_named(model))]
+    gone = _replaced(every_module(model))
     for outer, leaf in gone:
         names = _children[outer][leaf].names
         names.difference_update([*names] if name is None else [name])
@@ -112,25 +112,38 @@ def _recount(model: nn.Module) -> None:
         selection.weights = {name: weight for name, weight in selection.weights.items() if name in count}
 
 
-def _named(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """In one walk, without the generators of `named_modules`: it is asked at each call, and mostly finds nothing."""
-    found, seen = [("", model)], {id(model)}
-    for name, module in found:
+def _paths(model: nn.Module) -> dict[int, str]:
+    """The first name of each module, the adapters' too. It is asked where something is to be said: without names a walk
+    takes half the time, and it is made at each call."""
+    found, paths = [model], {id(model): ""}
+    for module in found:
         for leaf, child in module._modules.items():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                found.append((f"{name}.{leaf}" if name else leaf, child))
-    return found
+            if child is not None and id(child) not in paths:
+                paths[id(child)] = f"{paths[id(module)]}.{leaf}".lstrip(".")
+                found.append(child)
+    return paths
 
 
-def _replaced(named: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module, str]]:
-    """Places whose child was replaced: their whole name, the module around, the child's own name."""
-    there = {id(module) for _, module in named}
+def _replaced(modules: list[nn.Module]) -> list[tuple[nn.Module, str]]:
+    """Places whose child was replaced: the module around, and the child's name there."""
+    there = {id(module) for module in modules}
     return [
-        (f"{name}.{leaf}".lstrip("."), outer, leaf)
-        for name, outer in named
+        (outer, leaf)
+        for outer in modules
+        if outer._modules
         for leaf, child in _children.get(outer, {}).items()
         if child.names and _stands_for(outer._modules.get(leaf), child.module(), there)
+    ]
+
+
+def _resized(modules: list[nn.Module]) -> list[tuple[nn.Embedding, Adapter]]:
+    tables = [module for module in modules if isinstance(module, nn.Embedding) and is_host(module)]
+    return [
+        (host, adapter)
+        for host in tables
+        if _is_plain_table(host.weight)
+        for adapter in parts(host)
+        if _entries.get(adapter, len(host.weight)) != len(host.weight)
     ]
 
 

@@ -147,7 +147,8 @@ def _exchange(owner: nn.Module, leaf: str) -> None:
 
 def base_weight(owner: nn.Module, leaf: str) -> Tensor:
     """A weight of the base, as it is without what may be merged into it."""
-    return owner.__dict__.get(_BACKUP, {}).get(leaf, getattr(owner, leaf))
+    kept = owner.__dict__.get(_BACKUP, ())
+    return kept[leaf] if leaf in kept else getattr(owner, leaf)
 
 
 def forget_backups(model: nn.Module) -> None:

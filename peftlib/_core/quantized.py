@@ -29,9 +29,9 @@ Shape = tuple[int, ...]
 def weight_shape(host: nn.Module, path: str) -> Shape:
     """The shape that the weight stands for: a packed quantized weight has another one of its own."""
     owner, leaf = owner_of(host, path)
-    weight: Tensor = getattr(owner, leaf)
     if isinstance(owner, nn.Linear) and leaf == "weight":
         return (owner.out_features, owner.in_features)
+    weight: Tensor = getattr(owner, leaf)
     return tuple(weight.shape)
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from .._core.walk import adapters, require
 from .._errors import AdapterError
 from ..files.container import Path, replacing, write_tensors
+from ..files.copies import copied
 from ..files.header import some
-from ..files.save_load import require_values, require_whole
+from ..files.save_load import require_whole
 from ..hf.lora_layouts import Layout
 from ..hf.lora_pairs import MAGNITUDE, Pair, pairs_of
 from ..hf.lora_sites import PREFIX
@@ -69,11 +70,9 @@ def save(
     chosen = {key: at for key, at in components_of(dialect, components).items() if at is not None}
     _require_all_inside(model, name, chosen)
     tensors, metadata = _WRITERS[layout]([_component(model, name, *each) for each in chosen.items()])
-    for key, tensor in tensors.items():
-        require_values(tensor, key)
+    copies = copied(tensors.items())
     with replacing(path) as temporary:
-        held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        write_tensors(temporary, held, {"format": "pt", **metadata})
+        write_tensors(temporary, copies, {"format": "pt", **metadata})
 
 
 def _component(model: nn.Module, name: str, begin: str, at: str) -> Component:

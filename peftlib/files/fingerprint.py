@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from .._core.walk import candidates
 
 _SAMPLES = 64
 _NARROW = (torch.bfloat16, torch.float16)
+_HASHES = {"own": None, "bfloat16": torch.bfloat16, "float16": torch.float16}  # over the sample as it is, and narrowed
 _PLAIN = {"float64", "float32", "bfloat16", "float16"}
 
 Fingerprint = dict[str, Any]
@@ -48,10 +48,9 @@ def fingerprints(asked: Sequence[Asked]) -> list[Fingerprint]:
     values = _values([sample for _, own, statistics in found for sample in (*own.values(), *statistics.values())])
     for described, own, statistics in found:
         if own:
-            described["hash"] = {"own": _hash(own, values[None])}
-            described["hash"] |= {_name(dtype): _hash(own, values[dtype]) for dtype in _NARROW}
+            described["hash"] = dict(zip(_HASHES, _hashes(own, values), strict=True))
         if statistics:
-            described["hash"]["statistics"] = _hash(statistics, values[None])
+            described["hash"]["statistics"], *_ = _hashes(statistics, values)
     return [described for described, _, _ in found]
 
 
@@ -114,7 +113,7 @@ def _shape(weights: dict[str, list[Any]], name: str) -> object:
 def _weights(inside: list[tuple[str, nn.Module]]) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
     """Each parameter, and the shape that it stands for."""
     return {
-        f"{path}.{leaf}".lstrip("."): (base_weight(module, leaf), weight_shape(module, leaf))
+        f"{path}.{leaf}" if path else leaf: (base_weight(module, leaf), weight_shape(module, leaf))
         for path, module in inside
         for leaf, parameter in module._parameters.items()
         if parameter is not None
@@ -143,12 +142,16 @@ def _readable_or_sharded(tensor: Tensor) -> bool:
 
 
 def _sample(tensor: Tensor) -> Tensor:
+    """Values that are as far apart as can be; where they are equally far, without a copy (1 µs, else 5)."""
+    step, rest = divmod(tensor.numel(), _SAMPLES)
+    if step and not rest and tensor.is_contiguous():
+        return tensor.detach().as_strided((_SAMPLES,), (step,))
     return tensor.detach()[_places(tensor.shape, tensor.device)].reshape(-1)
 
 
 @functools.lru_cache(256)  # the weights of a model have a few shapes, and this takes ten operations
 def _places(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
-    """For each dimension where the samples lie along it: they are as far apart as can be."""
+    """For each dimension where the samples lie along it."""
     count = min(_SAMPLES, shape.numel())
     position = torch.arange(count, device=device) * shape.numel() // max(1, count)
     index = []
@@ -158,27 +161,27 @@ def _places(shape: torch.Size, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(index)
 
 
-def _values(samples: list[Tensor]) -> dict[torch.dtype | None, dict[int, memoryview]]:
-    """The bytes of each sample, by its id, as it is (None) and in narrow dtypes."""
-    found: dict[torch.dtype | None, dict[int, memoryview]] = {dtype: {} for dtype in (None, *_NARROW)}
+def _values(samples: list[Tensor]) -> dict[int, tuple[memoryview, ...]]:
+    """The bytes of each sample, by its id, in each of the dtypes."""
+    found: dict[int, tuple[memoryview, ...]] = {}
     alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for sample in samples:
         alike.setdefault((sample.dtype, sample.device), []).append(sample)
     for each in alike.values():
-        together, ends = torch.cat(each).cpu(), [*itertools.accumulate(map(len, each))]
-        for dtype, into in found.items():
-            values = together.to(dtype) if dtype is not None and together.is_floating_point() else together
-            data, size = values.view(torch.uint8).numpy().data, values.itemsize
-            into.update((id(s), data[(end - len(s)) * size : end * size]) for s, end in zip(each, ends, strict=True))
+        together, end = torch.cat(each).cpu(), 0
+        real = together.is_floating_point()
+        cast = [together.to(dtype) if dtype is not None and real else together for dtype in _HASHES.values()]
+        data = [(values.view(torch.uint8).numpy().data, values.itemsize) for values in cast]
+        for sample in each:
+            start, end = end, end + sample.numel()
+            found[id(sample)] = tuple(view[start * size : end * size] for view, size in data)
     return found
 
 
-def _hash(samples: Samples, values: Mapping[int, memoryview]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, sample in sorted(samples.items()):
-        digest.update(name.encode())
-        digest.update(values[id(sample)])
-    return digest.hexdigest()
+def _hashes(samples: Samples, values: Mapping[int, tuple[memoryview, ...]]) -> list[str]:
+    named = [(name.encode(), values[id(sample)]) for name, sample in sorted(samples.items())]
+    parts = [[part for name, data in named for part in (name, data[at])] for at in range(len(_HASHES))]
+    return [hashlib.blake2b(b"".join(each), digest_size=16).hexdigest() for each in parts]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.adapter import KINDS, Adapter
+from .._core.adapter import KINDS, Adapter, state_of
 from .._core.finite import is_finite
 from .._core.foreign import device_of, require_steady
 from .._core.inject import Part, Placed, build, require_adaptable, seed_in
@@ -146,9 +146,9 @@ def _implied(part: Part, name: str, doing: str) -> dict[str, torch.Size]:
 
 def entries(item: Placed) -> Iterator[tuple[str, str, Tensor]]:
     """For each tensor: its key in the file, its key in the adapter, and the tensor."""
-    state = item.adapter.state_dict()
+    state, begin = state_of(item.adapter), f"{item.host_name}." if item.host_name else ""
     for key, inner in item.adapter.file_keys().items():
-        yield f"{item.host_name}.{key}".lstrip("."), inner, state[inner]
+        yield begin + key, inner, state[inner]
 
 
 def fill(placed: list[Placed], tensor_of: Callable[[str], Tensor], path: str) -> None:

@@ -1,16 +1,13 @@
 """Saving one adapter and loading it, validated whole before the model is touched."""
 
-import collections
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._core.finite import is_finite
 from .._core.freeze import moved_buffers
 from .._core.inject import Placed, install, placed_in, require_changeable, require_free, require_name
 from .._core.lost import require_all_there
@@ -19,6 +16,7 @@ from .._core.sharded import any_sharded, every_module, is_sharded, leave_units, 
 from .._core.walk import candidates, require
 from .._errors import AdapterError
 from .container import Path, header_of, opened, read_tensor, require_unchanged, write
+from .copies import copied
 from .fingerprint import Asked, differs, fingerprints
 from .header import Header, some
 from .rebuild import entries, fill, rebuilt, require_implied_shapes, require_keys
@@ -54,11 +52,10 @@ def save(model: nn.Module, path: Path, name: str = "default", *, metadata: dict[
     _require_json(metadata)
     placed = [*placed_in(model, name)]
     header: Header = {**described(placed, name), "metadata": metadata}
-    tensors = _tensors(placed)
-    if _writes_here(placed):
-        write(path, [*tensors], header)  # all gathered before anything can fail here alone
-    else:
-        collections.deque(tensors, maxlen=0)
+    here = _writes_here(placed)
+    tensors = _tensors(placed, keep=here)  # all gathered before anything can fail here alone
+    if here:
+        write(path, tensors, header)
 
 
 def require_whole(model: nn.Module, doing: str) -> None:
@@ -88,27 +85,15 @@ def _require_json(metadata: Any) -> None:
         )
 
 
-def _tensors(placed: Iterable[Placed]) -> Iterator[tuple[str, Tensor]]:
-    for item in placed:
-        for where, _, state in entries(item):
-            tensor = whole(state)
-            require_values(tensor, where)
-            yield where, tensor.cpu().clone(memory_format=torch.contiguous_format)
-
-
-def require_values(tensor: Any, where: str) -> None:
-    """What could not be loaded again must not take the place of a file that can."""
-    if not isinstance(tensor, Tensor):
-        raise AdapterError(f"{where}: {type(tensor).__name__} is no tensor. Keep it among the kind's keywords.")
-    if tensor.is_meta or hasattr(tensor, "device_mesh"):
-        found = "on the meta device" if tensor.is_meta else "a shard"
-        raise AdapterError(f"{where}: {found}, so its values are not here. Materialize or gather it, then save.")
-    if not tensor.numel():
-        raise AdapterError(
-            f"{where}: shape {list(tensor.shape)} is empty. Gather it if it is sharded, or leave it out."
-        )
-    if not is_finite(tensor):
-        raise AdapterError(f"{where}: it holds NaN or infinity, so it would be refused at load. Save a finite adapter.")
+def _tensors(placed: Iterable[Placed], *, keep: bool) -> dict[str, Tensor]:
+    """Copies on the CPU. What lies in shards every process asks for, one after the other, and keeps or lets go."""
+    there = [(where, state) for item in placed for where, _, state in entries(item)]
+    copies = copied(each for each in there if not is_sharded(each[1]))
+    for where, state in (each for each in there if is_sharded(each[1])):
+        gathered = copied([(where, whole(state))])
+        if keep:
+            copies |= gathered
+    return copies
 
 
 def described(there: Iterable[Placed], name: str) -> Header:

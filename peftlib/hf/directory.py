@@ -12,8 +12,9 @@ from .._core.inject import Part
 from .._core.walk import adapters, require
 from .._errors import AdapterError
 from ..files.container import Path, listed, opened, read_tensor, replacing, write_tensors
+from ..files.copies import copied
 from ..files.parts import install_parts
-from ..files.save_load import require_values, require_whole
+from ..files.save_load import require_whole
 from ..kinds.full import Full
 from ..kinds.ia3 import IA3
 from ..kinds.prefix import Prefix
@@ -187,12 +188,13 @@ def save(
     virtual = "CAUSAL_LM" if "num_virtual_tokens" in config else None  # peft puts them in for a known task alone
     config |= {"task_type": task or virtual, "base_model_name_or_path": base}
     config |= {"peft_version": VERSIONS.get(target, VERSION)}
+    copies = copied(tensors.items())
     os.makedirs(directory, exist_ok=True)
     where = os.fspath(directory)
     with replacing(os.path.join(where, NAME)) as text, replacing(os.path.join(where, _WEIGHTS)) as weights:
         with open(text, "w", encoding="utf-8") as file:
             file.write(written(config))
-        write_tensors(weights, _writable(tensors), {"format": "pt"})
+        write_tensors(weights, copies, {"format": "pt"})
 
 
 def _files(modules: Modules, found: Found, target: str, task: str | None) -> tuple[Config, dict[str, Tensor]]:
@@ -220,12 +222,6 @@ def _virtual_files(
     config["modules_to_save"] = sorted(kept) or None
     require_exactly_kept(modules, config, kept)
     return config, tensors | kept_tensors(Sites([], {}), kept, _BASE)
-
-
-def _writable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for key, tensor in tensors.items():
-        require_values(tensor, key)
-    return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
 
 
 def inject(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._core.adapter import Adapter, trainable_dtype
+from .._core.adapter import Adapter, state_of, trainable_dtype
 from .._core.host import is_host
 from .._core.override import owner_of, weight_of
 from .._core.quantized import not_real_as
@@ -119,7 +119,7 @@ class Full(Adapter):
                 owner._buffers[leaf] = value
 
     def file_keys(self) -> dict[str, str]:
-        return {key.removeprefix(f"{_OWN}."): key for key in self.state_dict()}
+        return {key.removeprefix(f"{_OWN}."): key for key in state_of(self)}
 
 
 def _rows_of(host: nn.Module, paths: list[str], rows: Sequence[int]) -> Tensor:

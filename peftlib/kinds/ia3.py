@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import require_one_of
-from .._core.adapter import Adapter, trainable_dtype
+from .._core.adapter import Adapter, state_of, trainable_dtype
 from .._core.host import base_type
 from .._errors import AdapterError
 from ._features import features_of
@@ -71,7 +71,7 @@ class IA3(Adapter):
         return [{**config, "child": inner} if inner else config]
 
     def file_keys(self) -> dict[str, str]:
-        return {f"{self.child}.{key}".lstrip("."): key for key in self.state_dict()}
+        return {f"{self.child}.{key}".lstrip("."): key for key in state_of(self)}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._checks import require_one_of, require_positive, require_probability, require_whole_number
-from .._core.adapter import Adapter, require_same_config, trainable_dtype
+from .._core.adapter import Adapter, require_same_config, state_of, trainable_dtype
 from .._core.host import runs_bare
 from .._core.lazy_weight import LowRank, can_stand_for, lazily
 from .._core.override import tensors_of, weight_of
@@ -165,7 +165,7 @@ class LoRA(Adapter):
 
     def file_keys(self) -> dict[str, str]:
         prefix = "" if self.param == "weight" else f"{self.param}."
-        return {prefix + key: key for key in self.state_dict()}
+        return {prefix + key: key for key in state_of(self)}
 
     def forward(self, host: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
         if self.kernel is lora_linear and runs_bare(host, call):
