@@ -272,12 +272,13 @@ def _ready_to_fold(
     require_scalable(model, choice.weights or (), doing)
     if not names:
         raise AdapterError(f"{doing}: no adapter is active. Name one of {', '.join(map(repr, selection.count))}.")
-    for host_name, name, adapter in adapters(model):
-        if name in names and not can_be_merged(adapter):
-            raise AdapterError(
-                f'{doing}: "{name}" holds a {type(adapter).__name__} on {host_name or "the root"}, which cannot '
-                "be merged. Leave it unmerged, or merge another name."
-            )
+    found = next((part for host in all_hosts(model) for part in parts(host, names) if not can_be_merged(part)), None)
+    if found is not None:
+        host_name = next(host_name for host_name, _, adapter in adapters(model) if adapter is found)
+        raise AdapterError(
+            f'{doing}: "{found.name}" holds a {type(found).__name__} on {host_name or "the root"}, which cannot be '
+            "merged. Leave it unmerged, or merge another name."
+        )
     return selection, names, {name: known[name] for name in names if name in known}
 
 

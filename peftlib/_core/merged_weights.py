@@ -2,7 +2,8 @@
 
 import contextlib
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import AdapterError
-from .adapter import Adapter, fold_all
+from .adapter import Adapter, fold_all, state_of
 from .clone import without_overrides
-from .finite import is_finite
+from .finite import first_not_finite, is_finite
 from .foreign import is_offloading
 from .host import Adapters, Selection, adapters_of, is_host, parts
 from .override import compute_from_attributes, overridden, owner_of
 from .quantized import quantized_as
-from .sharded import any_sharded, is_sharded, split_as, whole
+from .sharded import any_sharded, every_module, is_sharded, split_as, whole
 from .swap import is_lone
-from .walk import base_modules, candidates, hosts
+from .walk import Base, base_modules, candidates
 from .weights import Weights
 
 
@@ -63,15 +64,18 @@ def folded_by_host(
 ) -> Iterator[tuple[nn.Module, list[Folded]]]:
     """Host after host, outer before inner; a weight that an inner host changes again comes with that host. What is
     skipped, by id, is neither around nor inside another."""
-    owners = _owners(model)
+    base = candidates(model)
+    owners, sharded, selection = _owners(base), any_sharded(every_module(model)), Selection()
+    selection.weights = weights or {}
+    folding = [(name, host) for name, host in base if is_host(host) and id(host) not in skipped and parts(host, names)]
+    if not sharded:  # else when they are gathered
+        _require_finite((host_name, part) for host_name, host in folding for part in parts(host, names))
     pending: list[Folded] = []
-    for host_name, host in hosts(model):
-        if id(host) in skipped or not parts(host, names):
-            continue
+    for host_name, host in folding:
         modules = base_modules(host)
         inside = set(map(id, modules))
         start = [item for item in pending if id(item.owner) in inside]
-        items = _fold(host_name, modules, names, start, weights or {})
+        items = _fold(host_name, modules, names, start, selection, sharded)
         _refuse_shared(items, owners, host)
         again = _changed_inside(modules, names)
         pending = [item for item in pending if id(item.owner) not in inside]
@@ -80,7 +84,12 @@ def folded_by_host(
 
 
 def _fold(
-    host_name: str, modules: list[nn.Module], names: Container[str], start: list[Folded], weights: Weights
+    host_name: str,
+    modules: list[nn.Module],
+    names: Container[str],
+    start: list[Folded],
+    selection: Selection,
+    sharded: bool,
 ) -> list[Folded]:
     """Each fold reads what the one before it gave, on a stand-in for the host, which is the first of these modules."""
     host = modules[0]
@@ -89,13 +98,12 @@ def _fold(
             f"cannot merge into {host_name or 'the root'}: accelerate keeps its weights in memory or on disk between "
             "calls. Merge before the model is offloaded, or take the hooks off first (remove_hook_from_module)."
         )
-    with_adapters = _with_adapters(modules)
-    scratch = _stand_in(with_adapters if any_sharded(with_adapters) else modules, weights)
+    scratch = _stand_in(_with_adapters(modules) if sharded else modules, selection)
     paths = {id(module): path for path, module in host.named_modules()} if start else {}
     values = {f"{paths[id(item.owner)]}.{item.leaf}".lstrip("."): item.value for item in start}
     folding = parts(scratch, names)
-    for adapter in folding:
-        _require_finite(host_name, adapter)
+    if sharded:
+        _require_finite((host_name, adapter) for adapter in folding)
     try:
         with overridden(scratch, values), full_precision(modules):
             values |= fold_all(scratch, folding)
@@ -106,10 +114,10 @@ def _fold(
     return [_item(host_name, host, path, value) for path, value in values.items()]
 
 
-def _stand_in(modules: list[nn.Module], weights: Weights) -> nn.Module:
+def _stand_in(modules: list[nn.Module], selection: Selection) -> nn.Module:
     """Other module objects that share all that these have, adapters too: weights are overridden there, where no call
-    in another thread reads them, and what such a call overrides meanwhile is left out. The adapters have these weights
-    in it, whatever theirs are in the model."""
+    in another thread reads them, and what such a call overrides meanwhile is left out. The adapters have the weights of
+    this selection in it, whatever theirs are in the model."""
     made: dict[int, Any] = {}
     gathered: dict[int, Any] = {}
     for module in modules:
@@ -123,14 +131,13 @@ def _stand_in(modules: list[nn.Module], weights: Weights) -> nn.Module:
         children = other._modules.items()
         other.__dict__["_modules"] = {name: made.get(id(child), child) for name, child in children}
     host: Any = made[id(modules[0])]
-    host._modules["adapters"] = _with_weights(adapters_of(host), weights)
+    host._modules["adapters"] = _following(adapters_of(host), selection)
     return host
 
 
-def _with_weights(children: Adapters, weights: Weights) -> Adapters:
+def _following(children: Adapters, selection: Selection) -> Adapters:
     other: Any = Adapters()
-    other.__dict__.update(vars(children), selection=Selection())
-    other.selection.weights = weights
+    other.__dict__.update(vars(children), selection=selection)
     return other
 
 
@@ -150,13 +157,17 @@ def _gather(state: dict[str, Any], tensors: str, gathered: dict[int, Any]) -> No
             state[tensors][leaf] = gathered[id(tensor)]
 
 
-@contextlib.contextmanager
-def full_precision(modules: list[nn.Module]) -> Iterator[None]:
+def full_precision(modules: list[nn.Module]) -> AbstractContextManager[object]:
     """Autocast would take the products in half precision."""
-    own = [tensor for module in modules for tensor in module._parameters.values() if tensor is not None]
-    kinds = {tensor.device.type for tensor in own} - {"meta"}
+    kinds = {own.device.type for module in modules for own in module._parameters.values() if own is not None}
+    on = [kind for kind in kinds - {"meta"} if torch.is_autocast_enabled(kind)]
+    return _autocast_off(on) if on else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _autocast_off(kinds: list[str]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for kind in filter(torch.is_autocast_enabled, kinds):
+        for kind in kinds:
             stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
@@ -194,13 +205,17 @@ def _require_plain(name: str, owner: nn.Module, leaf: str) -> None:
         )
 
 
-def _require_finite(host_name: str, adapter: Adapter) -> None:
-    for key, tensor in adapter.state_dict().items():
-        if not tensor.is_meta and not is_finite(tensor):
-            raise AdapterError(
-                f'cannot merge "{adapter.name}" into {host_name or "the root"}: {key} holds NaN or infinity. '
-                "Load a finite adapter, or eject this one."
-            )
+def _require_finite(placed: Iterable[tuple[str, Adapter]]) -> None:
+    tensors = [
+        ((where, adapter, key), tensor) for where, adapter in placed for key, tensor in state_of(adapter).items()
+    ]
+    found = first_not_finite((name, tensor) for name, tensor in tensors if not tensor.is_meta)
+    if found is not None:
+        host_name, adapter, key = found
+        raise AdapterError(
+            f'cannot merge "{adapter.name}" into {host_name or "the root"}: {key} holds NaN or infinity. '
+            "Load a finite adapter, or eject this one."
+        )
 
 
 class _Owner(NamedTuple):
@@ -212,10 +227,10 @@ class _Owner(NamedTuple):
     tensor: Tensor
 
 
-def _owners(model: nn.Module) -> dict[object, list[_Owner]]:
+def _owners(base: Base) -> dict[object, list[_Owner]]:
     """Every registered tensor, by the memory that it lies in."""
     owners: dict[object, list[_Owner]] = {}
-    for name, module in candidates(model):
+    for name, module in base:
         for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
                 owner = _Owner(id(module), leaf, f"{name}.{leaf}".lstrip("."), tensor)

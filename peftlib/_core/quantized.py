@@ -39,7 +39,7 @@ def quantized_as(host: nn.Module, path: str) -> str | None:
     """How a weight is quantized, in words: a tensor around others, whole numbers, or another shape than it stands for.
     None where it is plain, or shards of what is plain."""
     weight = weight_of(host, path)
-    if wraps_others(weight):
+    if type(weight) not in (Tensor, nn.Parameter) and wraps_others(weight):
         return f"{type(weight).__name__} of {weight.dtype}"
     if not weight.is_floating_point() and not weight.is_complex():
         return str(weight.dtype)

@@ -47,13 +47,13 @@ def brought_along(tensor: Tensor, found: Tensor) -> Tensor:
 
 
 def can_swap(weight: Tensor, other: Tensor) -> bool:
-    return is_lone(weight, other) and _is_ordinary(other) and not other.is_shared()
+    return is_lone(weight, other) and _is_ordinary(other) and not other.untyped_storage().is_shared()
 
 
 def is_lone(tensor: Tensor, like: Tensor) -> bool:
     """Whether its storage is one of this process, in which nothing else lies that torch knows, and is laid out like
     this one. What `from_numpy` and others made of memory that is not torch's cannot be resized."""
-    if not (_is_ordinary(tensor) and _layout(tensor) == _layout(like)):
+    if not (_is_ordinary(tensor) and _are_laid_out_alike(tensor, like)):
         return False
     storage = tensor.untyped_storage()
     alone = _use_count is not None and _use_count(storage._cdata) == _ITS_OWN
@@ -65,5 +65,6 @@ def _is_ordinary(tensor: Tensor) -> bool:
     return plain and tensor.is_cpu and not tensor.is_inference()
 
 
-def _layout(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg()
+def _are_laid_out_alike(one: Tensor, other: Tensor) -> bool:
+    same = one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
+    return same and one.is_conj() == other.is_conj() and one.is_neg() == other.is_neg()

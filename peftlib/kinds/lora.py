@@ -286,9 +286,10 @@ class LoRA(Adapter):
 
     def _in_one_product(self, weight: Tensor, scale: float) -> Tensor:
         """256x256 at rank 8: 18 µs, where product, scale and sum take 36 and make three matrices."""
-        wide = torch.promote_types(torch.promote_types(weight.dtype, self.lora_A.dtype), torch.float32)
+        lora_A, lora_B = tensors_of(self, "lora_A", "lora_B")
+        wide = torch.promote_types(torch.promote_types(weight.dtype, lora_A.dtype), torch.float32)
         with without_autocast(weight):
-            return torch.addmm(weight.to(wide), self.lora_B.to(wide), self.lora_A.to(wide), alpha=scale)
+            return torch.addmm(weight.to(wide), lora_B.to(wide), lora_A.to(wide), alpha=scale)
 
     def fold_for_call(self, host: nn.Module) -> dict[str, Tensor]:
         """The weight and the pair apart, W + s B A never made, where the host reads an ordinary tensor."""

@@ -487,5 +487,5 @@ def test_memory_runs_out_at_each_allocation_of_load_and_save(tmp_path):
     whole = path.read_bytes()
     assert run_out_of_memory(small, lambda model: peftlib.load(model, path), watched) >= 10
     assert path.read_bytes() == whole
-    assert run_out_of_memory(small_adapted, lambda model: peftlib.save(model, tmp_path / "other", "b"), watched) >= 4
+    assert run_out_of_memory(small_adapted, lambda model: peftlib.save(model, tmp_path / "other", "b"), watched) >= 2
     assert {file.name for file in tmp_path.iterdir()} == {path.name, "other"}
