@@ -1,7 +1,9 @@
 """A copy of a model's module objects that shares its tensors, made also while the model runs in another thread."""
 
 import copy
-from collections.abc import Iterator
+import functools
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor, nn
 from .foreign import hook_of
 from .override import ASIDE, compute_from_attributes
 from .quantized import meta_stand_in, wraps_others
-from .sharded import is_sharded, units
+from .sharded import every_module, is_sharded, units
+
+_BOUND = (types.MethodType, functools.partial)
 
 
 def clone(model: nn.Module, meta: bool = False) -> Any:
@@ -24,6 +28,30 @@ def clone(model: nn.Module, meta: bool = False) -> Any:
     for module in other.modules():
         _lift_overrides(module)
     return other
+
+
+def without_values(host: nn.Module) -> Any:
+    """Modules like these, for a constructor to read: every tensor of their own is on the meta device, and every other
+    attribute is the host's. (A linear: 11 µs; `clone` takes 90, which were a third of a load.)"""
+    modules, tensors = every_module(host), dict[int, Any]()
+    if any(isinstance(item, _BOUND) for module in modules for item in vars(module).values()):
+        return clone(host, meta=True)  # what is bound must be bound to the copy
+    made: dict[int, Any] = {id(module): object.__new__(type(module)) for module in modules}
+
+    def instead(items: Mapping[str, Any]) -> dict[str, Any]:
+        for item in items.values():
+            if isinstance(item, Tensor) and id(item) not in tensors:
+                tensors[id(item)] = _on_meta(item)
+        return {name: tensors.get(id(item), item) for name, item in items.items()}
+
+    for module in modules:
+        state, other = instead(without_overrides(module, vars(module))), made[id(module)]
+        own = {"_parameters": instead(state["_parameters"]), "_buffers": instead(state["_buffers"])}
+        children = {name: made.get(id(child)) for name, child in module._modules.items()}
+        other.__dict__.update(state, **own, _modules=children)
+        if isinstance(other, nn.RNNBase):
+            compute_from_attributes(other)
+    return made[id(host)]
 
 
 def _copy_units(model: nn.Module, shared: dict[int, Any]) -> None:

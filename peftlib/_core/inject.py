@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from .._errors import AdapterError
 from .adapter import Adapter, can_be_merged, full_config, takes_keyword
 from .averaged import require_outside
-from .clone import clone
+from .clone import without_values
 from .foreign import cache_of_weights, fast_paths_around, other_entry, present, require_steady
 from .freeze import freeze_base, statistics_held
 from .guesses import require_keywords, require_kind
@@ -258,7 +258,7 @@ def _on_host(part: Part) -> Adapter:
 
 def _on_meta(part: Part) -> Adapter:
     try:
-        return part.kind(clone(part.host, meta=True), **part.config)
+        return part.kind(without_values(part.host), **part.config)
     except (RuntimeError, NotImplementedError) as error:
         if "meta" not in str(error):
             raise
