@@ -73,6 +73,11 @@ def is_traced(x: Tensor, other: Tensor) -> bool:
     return is_transformed() or type(x) not in _DENSE or type(other) not in _DENSE
 
 
+def is_compiled_on_cpu(x: Tensor) -> bool:
+    """Whether `x` will be multiplied by the CPU's GEMMs, whose orientation torch.compile keeps as it was traced."""
+    return is_compiling() and x.is_cpu
+
+
 def is_differentiated(dY: Tensor) -> bool:
     """Whether a backward pass must be plain ops: under create_graph it is differentiated in its turn, under
     is_grads_batched it is mapped, at a level of forward-mode AD it has tangents."""

@@ -14,6 +14,8 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -749,6 +751,36 @@ def test_vmap_over_adapters_and_functional_grad_are_right(leading, call):
         one = {**tensors, "lora_A": stacked_A[index], "lora_B": stacked_B[index]}
         got = [y[index], gradients[0][index], gradients[1][index]]
         assert_close_to_dense(got, one, gradient, wanted=("lora_A", "lora_B"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, SCALE])
+@pytest.mark.parametrize(("leading", "features", "out", "rank"), SHAPES)
+def test_compiled_it_is_right_at_every_shape(leading, features, out, rank, scale, dtype):
+    torch.compiler.reset()
+    tensors, gradient = problem(
+        leading, features, out, rank, dtype, factor_dtype=torch.promote_types(dtype, torch.float32)
+    )
+    got = run(compiled(partial(lora_linear, scale=scale)), tensors, gradient)
+    assert_close_to_dense(got, tensors, gradient, scale=scale)
+
+
+def test_compiled_no_product_is_the_slow_way_round():
+    """A rank-r GEMM takes up to four times as long where the rank is the number of its columns."""
+    products: list[torch.Size] = []
+
+    def noted(graph, _):
+        products.extend(
+            node.meta["val"].shape for node in graph.graph.nodes if node.target is torch.ops.aten.mm.default
+        )
+        return make_boxed_func(graph.forward)
+
+    torch.compiler.reset()
+    tensors, gradient = problem((2, 30), features=40, out=50, rank=7, bias=False)
+    backend = aot_autograd(fw_compiler=noted, bw_compiler=noted)
+    run(torch.compile(partial(lora_linear, scale=SCALE), fullgraph=True, backend=backend), tensors, gradient)
+    base, low_rank = [(60, 50), (60, 40), (50, 40)], [(7, 60), (60, 50), (7, 60), (7, 50), (7, 40), (60, 40)]
+    assert sorted(products) == sorted(base + low_rank)
 
 
 @pytest.mark.parametrize("training", [True, False])
