@@ -4,6 +4,7 @@ from .bottleneck.bottleneck import bottleneck as bottleneck
 from .bottleneck.rows import bottleneck_rows as bottleneck_rows
 from .dora import dora_norm as dora_norm
 from .dropped import dropped as dropped
+from .lora.convolution import lora_convolution as lora_convolution
 from .lora.embedding import lora_embedding as lora_embedding
 from .lora.linear import join_pairs as join_pairs
 from .lora.linear import lora_add as lora_add

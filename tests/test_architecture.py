@@ -36,7 +36,7 @@ FILES = {
         "dispatch",
         "triton_operators",
         "lora.autograd lora.embedding grouped.lora bottleneck.autograd dropped dora",
-        "lora.small lora.rows bottleneck.bottleneck bottleneck.rows",
+        "lora.small lora.rows lora.convolution bottleneck.bottleneck bottleneck.rows",
         "lora.linear",
         "lora grouped bottleneck",
     ],

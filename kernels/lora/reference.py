@@ -6,6 +6,8 @@ in float32, or in float64 where it is given that, which is how `check.py` knows 
 and for tensors that no kernel can run on: on a GPU it would take many times what ATen takes.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,6 +49,16 @@ def lora_linear(
 ) -> Tensor:
     """x Wᵀ + b + s·drop(x) Aᵀ Bᵀ."""
     return lora_add(F.linear(x, weight, bias), x, lora_A, lora_B, scale, dropout, keep)
+
+
+def convolution_term(x: Tensor, lora_A: Tensor, lora_B: Tensor, geometry: tuple[Any, Any, Any]) -> Tensor:
+    """B ∗ (A ∗ x) in the dtype of x, unscaled."""
+    return convolve(convolve(x, lora_A.to(x.dtype), geometry), lora_B.to(x.dtype))
+
+
+def convolve(x: Tensor, weight: Tensor, geometry: tuple[Any, Any, Any] = (1, 0, 1)) -> Tensor:
+    """x ∗ weight of as many dimensions as the weight has; the geometry is stride, padding and dilation."""
+    return {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()](x, weight, None, *geometry)
 
 
 def shrink(x: Tensor, A: Tensor, scale: float, p: float, seed: Tensor | None) -> Tensor:

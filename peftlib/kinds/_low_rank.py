@@ -28,6 +28,14 @@ def is_plain_linear(host: nn.Module) -> bool:
     return type(host.weight) in (Tensor, nn.Parameter) and host.weight.is_floating_point()
 
 
+def is_plain_convolution(host: Any) -> bool:
+    """A stock convolution of one group, padded with a number of zeros. Asked at each call: they are attributes."""
+    stock = next((conv for conv in _CONVS if isinstance(host, conv)), None)
+    if stock is None or base_type(type(host))._conv_forward is not stock._conv_forward:
+        return False
+    return host.groups == 1 and host.padding_mode == "zeros" and not isinstance(host.padding, str)
+
+
 def low_rank_branch_of(host: nn.Module, path: str) -> Branch | None:
     """The low-rank call on this host; None where only the merged weight is exact.
 

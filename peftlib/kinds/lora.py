@@ -16,13 +16,14 @@ from .._core.lazy_weight import LowRank, can_stand_for, lazily
 from .._core.override import tensors_of, weight_of
 from .._core.quantized import not_real_as, weight_shape
 from .._errors import AdapterError
-from ..kernels import dropped, join_pairs, lora_add, lora_embedding, lora_linear
+from ..kernels import dropped, join_pairs, lora_add, lora_convolution, lora_embedding, lora_linear
 from ..kernels.dispatch import without_autocast
 from ._lazy_hosts import is_lazily_read, shows_input
 from ._lora_rows import LoRARows
 from ._low_rank import (
     BRANCHES,
     embedding_branch,
+    is_plain_convolution,
     is_plain_linear,
     linear_branch,
     low_rank_branch_of,
@@ -255,6 +256,10 @@ class LoRA(Adapter):
         return join_pairs([each._pair_in(host) for each in reversed(together)])
 
     def _add(self, host: Any, y: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.kernel is None and self.init != "pissa" and is_plain_convolution(host):
+            geometry = host.stride, host.padding, host.dilation
+            operands = y, input, *self._pair_in(host), *geometry, self.dropout, self.training
+            return self.with_own_masks(lora_convolution, *operands)
         if self.kernel is None:
             term, scale = self._low_rank(host, input, *args, **kwargs).to(y.dtype), self._scale_in(host)
             return y + term * scale if isinstance(scale, Tensor) else torch.add(y, term, alpha=scale)
