@@ -60,22 +60,31 @@ def started(step):
     return child
 
 
-durations = []
+def writing(limit):
+    known = set(os.listdir(folder))
+    while set(os.listdir(folder)) <= known and time.perf_counter() < limit:
+        pass
+
+
+folder, durations = os.path.dirname(path), []
 for _ in range(6):
     start = time.perf_counter()
     os.waitpid(started(0), 0)
     durations.append(time.perf_counter() - start)
 old = new = before = 0
 for kill in range(1, kills + 1):
-    child = started(kill)
-    time.sleep(random.uniform(0, 1.3 * sorted(durations)[2]))
+    child, whole = started(kill), 1.3 * sorted(durations)[2]
+    if kill % 3:
+        time.sleep(random.uniform(0, whole))
+    else:
+        writing(time.perf_counter() + whole)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     step = found()
     assert step in (before, kill), (step, before, kill)
     before = step
     old, new = old + (step != kill), new + (step == kill)
-left = sum(name.endswith(".tmp") for name in os.listdir(os.path.dirname(path)))
+left = sum(name.endswith(".tmp") for name in os.listdir(folder))
 print(old, new, left)
 """
 
