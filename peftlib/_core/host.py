@@ -91,11 +91,6 @@ class Adapters(nn.ModuleDict):
     decided: Decided
     selection: Selection
 
-    def __new__(cls) -> Any:
-        self = super().__new__(cls)
-        self.decided = _UNDECIDED
-        return self
-
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__
 
@@ -158,7 +153,10 @@ def _forward_around(cls: Any) -> Callable[..., Any]:
             return node
         selection = adapters.selection
         if not is_compiling():
-            decided = adapters.decided
+            try:
+                decided = adapters.decided
+            except AttributeError:
+                decided = _UNDECIDED
             if decided.active is not selection.active:
                 decided = adapters.decided = _decided(self, adapters, statistics)
             run = decided.run

@@ -121,7 +121,7 @@ def _stand_in(modules: list[nn.Module], selection: Selection) -> nn.Module:
     made: dict[int, Any] = {}
     gathered: dict[int, Any] = {}
     for module in modules:
-        other = made[id(module)] = Adapters() if isinstance(module, Adapters) else object.__new__(type(module))
+        other = made[id(module)] = object.__new__(type(module))
         other.__dict__.update(without_overrides(module, vars(module)))
         for tensors in ("_parameters", "_buffers"):
             _gather(other.__dict__, tensors, gathered)
@@ -136,7 +136,7 @@ def _stand_in(modules: list[nn.Module], selection: Selection) -> nn.Module:
 
 
 def _following(children: Adapters, selection: Selection) -> Adapters:
-    other: Any = Adapters()
+    other: Any = object.__new__(Adapters)
     other.__dict__.update(vars(children), selection=selection)
     return other
 
