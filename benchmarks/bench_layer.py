@@ -46,5 +46,5 @@ def bench_convolution(contest, dropout: float) -> None:
     contest(
         f"layer 3x3 convolution, 64 channels, 8x28x28, r=8 p={dropout}",
         runs,
-        tests="tests/kernels/test_kernels_dropped.py",
+        tests="tests/kernels/test_kernels_convolution.py tests/kernels/test_kernels_dropped.py",
     )
