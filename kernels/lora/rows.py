@@ -71,9 +71,17 @@ def lora_linear_rows(
     Returns:
         [rows, ..., out].
 
+    Raises:
+        ValueError: another number of pairs than of segments that have one.
+        RuntimeError: shapes that do not fit, or a second derivative for which x was not kept.
+
     Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021; Chen et al., Punica: Multi-Tenant LoRA
     Serving, 2023.
     """
+    if len(pairs) != segments.pairs:
+        raise ValueError(
+            f"lora_linear_rows: {len(pairs)} pairs for {segments.pairs} segments with a scale. Give one each."
+        )
     factors = [factor for pair in pairs for factor in pair]
     kernels = grouped_kernels(x, factors, dropouts is not None) if factors and launches(x) else None
     if kernels is not None:

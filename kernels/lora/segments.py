@@ -42,7 +42,7 @@ class Segments:
                 f"Segments: {len(counts)} counts and {len(scales)} scales. Give each count a scale or None."
             )
         self.counts, self.scales, self.order, self.back = counts, scales, order, back
-        self.size = sum(counts)
+        self.size, self.pairs = sum(counts), len(scales) - scales.count(None)
         # One batched product then serves all: as many rows for each pair, and none without one.
         self.are_alike = len({*counts}) == 1 and None not in scales
         self.scale = scales[0] if len({*scales}) == 1 else None
@@ -64,8 +64,7 @@ class Segments:
         """The tables of the grouped kernels for `share` tokens a row, made once."""
         key = share, rows, items, device
         if key not in self._blocks:
-            paired = self.scales.count(None)
-            self._blocks[key] = blocks_of(self._runs(share), len(self.scales) - paired, rows, items, device)
+            self._blocks[key] = blocks_of(self._runs(share), self.pairs, rows, items, device)
         return self._blocks[key]
 
     def _runs(self, share: int) -> list[tuple[int, int]]:

@@ -313,6 +313,13 @@ def test_on_the_meta_device_results_have_their_shapes(name):
     assert [factor.grad.shape for factor in factors] == [factor.shape for factor in factors]
 
 
+@pytest.mark.parametrize("scales", [(1.0, 1.0, 1.0), (1.0, None, None)])
+def test_another_number_of_pairs_than_of_segments_with_one_is_refused(scales):
+    x, pair = torch.randn(3, 4), (torch.randn(2, 4), torch.randn(5, 2))
+    with pytest.raises(ValueError, match="2 pairs"):
+        lora_linear_rows(x, torch.randn(5, 4), None, [pair, pair], Segments((1, 1, 1), scales))
+
+
 def test_another_number_of_scales_than_of_counts_is_refused():
     with pytest.raises(ValueError, match=r"2.*1"):
         Segments((3, 3), (1.0,))
