@@ -166,9 +166,10 @@ def _differentiable(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _is_dense(y: Tensor, x: Tensor) -> bool:
-    if is_traced(x, y) or not x.is_cpu or x.dtype != y.dtype or x.dim() != y.dim() or _is_any_autocast_enabled():
+    """On the meta device too, where a forward is run to learn what it keeps."""
+    if is_traced(x, y) or _is_any_autocast_enabled() or not (x.is_cpu or x.is_meta) or not x.numel():
         return False
-    if not x.is_floating_point() or x.element_size() < 4 or x.dim() < 3 or not x.numel():
+    if x.dtype != y.dtype or x.dim() != y.dim() or x.dim() < 3 or not x.is_floating_point() or x.element_size() < 4:
         return False
     return x.is_contiguous() and y.is_contiguous()
 
