@@ -20,11 +20,16 @@ def with_bare(model: nn.Module, rank: int, dropout: float) -> nn.Module:
     """Puts factors beside the weights, and the products into the layers."""
     for name, layer in model.named_modules():
         if name.rpartition(".")[-1] in PROJECTIONS and isinstance(layer, nn.Linear):
-            layer.A = nn.Parameter(torch.randn(rank, layer.in_features) / layer.in_features**0.5)
-            layer.B = nn.Parameter(torch.randn(layer.out_features, rank) * 0.02)
+            layer.A, layer.B = factors(layer, rank)
+            nn.init.normal_(layer.B, std=0.02)
             layer.__class__ = _Bare
             layer.__dict__["dropout"] = dropout
     return model
+
+
+def factors(layer: nn.Linear, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    A = torch.empty(rank, layer.in_features).uniform_(-1, 1) / layer.in_features**0.5
+    return nn.Parameter(A), nn.Parameter(torch.zeros(layer.out_features, rank))
 
 
 class _Bare(nn.Linear):

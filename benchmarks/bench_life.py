@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from bare import factors
 from models import PROJECTIONS, blocks, with_peft, with_peftlib
 from torch import nn
 
@@ -30,14 +31,23 @@ def _two_adapters() -> tuple[nn.Module, Any]:
 ROUNDS = 7
 
 
-def _piles(width: int, depth: int) -> dict[str, list[nn.Module]]:
+def _piles(width: int, depth: int, *others: str) -> dict[str, list[nn.Module]]:
     """Construction of the model is outside the clock: each run takes a fresh one from its pile."""
-    return {name: [blocks(width, depth) for _ in range(ROUNDS + 8)] for name in ("peftlib", "HF peft")}
+    return {name: [blocks(width, depth) for _ in range(ROUNDS + 8)] for name in ("peftlib", "HF peft", *others)}
+
+
+def _with_factors_alone(model: nn.Module, rank: int, _: float) -> None:
+    for layer in [layer for layer in model.modules() if isinstance(layer, nn.Linear)]:
+        child = nn.Module()
+        child.A, child.B = factors(layer, rank)
+        layer.add_module("adapters", child)
 
 
 @pytest.mark.parametrize("depth", [DEPTH, 429])
 def bench_inject(contest, depth) -> None:
-    piles, put_in = _piles(64, depth), {"peftlib": with_peftlib, "HF peft": with_peft}
+    alone = "two parameters in a child of each layer"
+    piles = _piles(64, depth, alone)
+    put_in: dict[str, Any] = {"peftlib": with_peftlib, "HF peft": with_peft, alone: _with_factors_alone}
     runs = {name: lambda name=name: put_in[name](piles[name].pop(), 8, 0.0) for name in piles}
     contest(f"inject {7 * depth} linears", runs, tests=TESTS, rounds=ROUNDS)
 
