@@ -61,7 +61,7 @@ def as_own_tensor(result: Tensor, shape: Sequence[int]) -> Tensor:
 def is_transformed() -> bool:
     """Whether each operation is recorded or given another meaning: torch.compile, torch.func, forward-mode AD and
     torch.jit.trace, which would keep the sizes that Python computed."""
-    return is_compiling() or _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _is_tracing()
+    return is_compiling() or _are_functorch_transforms_active() or _has_tangents() or _is_tracing()
 
 
 def _has_tangents() -> bool:

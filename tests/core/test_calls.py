@@ -17,11 +17,11 @@ import peftlib
 from peftlib import LoRA
 
 
-def called(dropout: float = 0.0) -> Any:
+def called() -> Any:
     """A layer with an adapter that does something, after its first call."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5)).double()
-    peftlib.inject(model, "0", LoRA, rank=2, alpha=6, dropout=dropout)
+    peftlib.inject(model, "0", LoRA, rank=2, alpha=6)
     redraw(model)
     model(torch.randn(3, 6).double())
     return model

@@ -207,7 +207,7 @@ def finds_what_is_dead(wrap: Wrap, folder: str) -> Any:
     return peftlib.verify(model, TOKENS).problems
 
 
-def thaws_when_it_is_time(wrap: Wrap, folder: str) -> Any:
+def unfreezes_when_it_is_time(wrap: Wrap, folder: str) -> Any:
     model = wrap(plain())
     groups = peftlib.layer_groups(model)
     optimizer = torch.optim.SGD(peftlib.discriminative_lr(groups, 0.1), momentum=0.5)
@@ -294,7 +294,7 @@ CASES: dict[Callable[[Wrap, str], Any], list[Wrap]] = {
     holds_weights_near: [fsdp_root_alone],
     finds_nothing_wrong: [fsdp, fsdp_on_hosts],
     finds_what_is_dead: [fsdp_root_alone],
-    thaws_when_it_is_time: FSDP,
+    unfreezes_when_it_is_time: FSDP,
     is_loaded_and_trained: [*FSDP, tensor_parallel],
     routes_rows: [ddp, fsdp],
 }
